@@ -1,0 +1,53 @@
+"""From edges to one number, so that neither micro-batches nor processes change the gradient of an optimiser update.
+
+The convention: an algorithm's `Loss.value` is the mean over the edges it was given, and whoever cuts an update's N edges
+into micro-batches multiplies each value by `micro_batch_weight`, its share n / N, before `backward()`. The sum is the
+mean over the N edges, whatever the cut. The denominator counts every edge of the update, those with advantage 0 too.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def edge_mean(value: Tensor) -> Tensor:
+    """Mean over the edges [E]; 0, still attached to the graph, when there are none."""
+    return value.sum() / max(len(value), 1)
+
+
+def masked_mean(value: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of the entries under a mask of the same shape, over everything or one dimension; 0 where it is empty.
+
+    A masked entry may be NaN or infinite: it touches neither the mean nor the gradient.
+    """
+    mask = mask.bool()
+    kept = torch.where(mask, value, 0.0)
+    if dim is None:
+        return kept.sum() / mask.sum().clamp(min=1)
+    return kept.sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def micro_batch_weight(num_edges: int, num_edges_in_update: int, num_processes: int = 1) -> float:
+    """What to multiply a micro-batch's mean loss by: its share of the update's edges on all processes.
+
+    Engines average gradients over processes, so the share is taken times their number.
+    """
+    return num_edges * num_processes / num_edges_in_update
+
+
+def merge_metrics(parts: Sequence[Mapping[str, Tensor]], num_edges: Sequence[int]) -> dict[str, Tensor]:
+    """Metrics of micro-batches as those of their union: the largest of each `*_max*`, else the mean over edges."""
+    merged: dict[str, list[tuple[Tensor, int]]] = {}
+    for part, num in zip(parts, num_edges, strict=True):
+        for name, value in part.items():
+            merged.setdefault(name, []).append((value, num))
+    return {name: _merge(name, values) for name, values in merged.items()}
+
+
+def _merge(name: str, values: list[tuple[Tensor, int]]) -> Tensor:
+    stacked = torch.stack([value for value, _ in values])
+    if "_max" in name:
+        return stacked.max()
+    weight = torch.tensor([num for _, num in values]).to(stacked)
+    return (stacked * weight).sum() / weight.sum()

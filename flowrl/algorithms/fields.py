@@ -1,0 +1,116 @@
+"""Hyperparameters that methods share: each one's type, check and description, written once.
+
+Use them as annotations, `clip_range: ClipRange = 1e-4`; the default is the paper's and stays in the method's file.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+import samplers
+from flowrl.algorithms.advantages import StdMode
+from flowrl.algorithms.kl import KLForm
+from samplers import Kernel
+
+SDEName = Literal["flow_sde", "dance_sde", "wan_sde", "cps", "ddim"]
+_UP_TO_ONE = ("cps", "ddim")
+
+
+def resolve_kernel(sde: SDEName) -> Kernel:
+    """The function of that name in `samplers`."""
+    kernel: Kernel = getattr(samplers, sde)
+    return kernel
+
+
+def check_eta(sde: SDEName, eta: float) -> None:
+    """Refuse an eta that the kernel cannot mean."""
+    if sde in _UP_TO_ONE and eta > 1:
+        raise ValueError(
+            f"eta={eta:g} is impossible with sde={sde!r}, which replaces a share of the noise already there; "
+            "choose eta in (0, 1], or sde='flow_sde', which has no upper limit."
+        )
+
+
+def _at_least_two(num_steps: int) -> int:
+    if num_steps < 2:
+        raise ValueError(
+            f"num_steps={num_steps} leaves no stochastic step, because the last step always follows the ODE "
+            "(its noise would stay in the sample); choose at least 2."
+        )
+    return num_steps
+
+
+def _noisy(eta: float) -> float:
+    if not 0 < eta < float("inf"):
+        raise ValueError(
+            f"eta={eta:g} adds no noise (or no finite one), so a step has no log-prob and nothing can be learnt; "
+            "choose a positive number, say 0.7."
+        )
+    return eta
+
+
+def _positive_sides(clip_range: float | tuple[float, float]) -> float | tuple[float, float]:
+    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    if not (0 < low < 1 and 0 < high < float("inf")):
+        raise ValueError(
+            f"clip_range={clip_range} clips every ratio or none: the ratio is kept in [1 - low, 1 + high], so both are "
+            "positive and low is below 1; 1e-4 is usual, because log-probs are means over the latent dimensions."
+        )
+    return clip_range
+
+
+def _positive(value: float) -> float:
+    if not value > 0:
+        raise ValueError(f"{value:g} would erase every advantage; choose a positive number, 5 is usual.")
+    return value
+
+
+def _not_negative(value: float) -> float:
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{value:g} must be a finite number of at least 0; 0 switches it off.")
+    return value
+
+
+def _stretch(shift: float | None) -> float | None:
+    if shift is not None and not 0 < shift < float("inf"):
+        raise ValueError(f"shift={shift:g} does not give a falling time grid; 1 leaves it linear, SD3 uses 3.")
+    return shift
+
+
+NumSteps = Annotated[
+    int,
+    AfterValidator(_at_least_two),
+    Field(description="Denoising steps of a training rollout, far fewer than evaluation needs; the last is ODE."),
+]
+Shift = Annotated[
+    float | None,
+    AfterValidator(_stretch),
+    Field(description="Shift of the time grid s u / (1 + (s - 1) u) over equal u; null takes the model's own grid."),
+]
+Eta = Annotated[float, AfterValidator(_noisy), Field(description="Strength of a stochastic step's noise.")]
+SDE = Annotated[SDEName, Field(description="Kernel of a stochastic step, a function in `samplers`.")]
+ClipRange = Annotated[
+    float | tuple[float, float],
+    AfterValidator(_positive_sides),
+    Field(description="Trust region of the ratio, [1 - c, 1 + c] or [1 - low, 1 + high]; shrinks with resolution."),
+]
+AdvClip = Annotated[float, AfterValidator(_positive), Field(description="Advantages are cut to [-adv_clip, adv_clip].")]
+AdvStd = Annotated[
+    StdMode,
+    Field(description="Divide by the std of the prompt's group, of the whole batch (global), or not at all (none)."),
+]
+AdvEps = Annotated[float, AfterValidator(_not_negative), Field(description="Added to that std.")]
+Unbiased = Annotated[bool, Field(description="Divide squared deviations by n - 1, not n, in that std.")]
+KLCoef = Annotated[
+    float,
+    AfterValidator(_not_negative),
+    Field(description="Weight of the distance to the initial weights; 0 saves the reference forward."),
+]
+KLFormName = Annotated[
+    KLForm,
+    Field(description="Form of that distance (see flowrl.algorithms.kl); a coefficient does not carry over."),
+]
+SharedNoise = Annotated[
+    bool,
+    Field(description="A group starts from one initial noise and its deterministic first steps run once."),
+]

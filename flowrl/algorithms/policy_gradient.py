@@ -1,0 +1,67 @@
+"""What the GRPO family shares: the credit of a group, and the loss of stored edges under the current weights.
+
+Methods compose these functions; where one differs it brings its own plan, credit, weight or ratio.
+"""
+
+import torch
+from torch import Tensor
+
+from flowrl.algorithms.advantages import StdMode, group_advantages, to_edges
+from flowrl.algorithms.aggregate import edge_mean
+from flowrl.algorithms.kl import KLForm, Step, step_kl
+from flowrl.algorithms.objectives import clipped
+from flowrl.types import Batch, Loss, Policy
+from samplers import Kernel, gaussian_logprob
+
+
+def group_credit(batch: Batch, *, std: StdMode, eps: float, unbiased: bool = False, clip: float) -> Tensor:
+    """Group-relative advantage of each stored edge, fp32 [E]; 0 for samples without a verdict and for dead groups."""
+    if batch.rewards is None:
+        raise ValueError("credit needs batch.rewards; score the samples first.")
+    found = group_advantages(batch.rewards, batch.trajectory.group, std, eps, unbiased, clip)
+    return to_edges(found.value, batch.trajectory.leaves, found.valid).float()
+
+
+def current_step(policy: Policy, batch: Batch, kernel: Kernel, eta: float) -> Step:
+    """The step that the policy's weights would now take from each stored state."""
+    edges = batch.trajectory
+    x = edges.x.float()
+    velocity = policy.velocity(x, edges.t, batch.cond_at(edges.prompt)).float()
+    return Step(velocity, kernel(x, velocity, edges.t, edges.t_next, eta))
+
+
+def reference_kl(policy: Policy, batch: Batch, kernel: Kernel, eta: float, current: Step, form: KLForm) -> Tensor:
+    """Distance [E] of the current step from the one of the frozen initial weights; costs one forward pass."""
+    with torch.no_grad(), policy.reference():
+        reference = current_step(policy, batch, kernel, eta)
+    return step_kl(current, reference, batch.trajectory.t - batch.trajectory.t_next, form)
+
+
+def clipped_policy_gradient(
+    policy: Policy,
+    batch: Batch,
+    kernel: Kernel,
+    eta: float,
+    *,
+    clip_range: float | tuple[float, float],
+    kl_coef: float = 0.0,
+    kl_form: KLForm = "flow_grpo",
+    weight: Tensor | None = None,
+) -> Loss:
+    """Mean over the edges of the clipped objective, times `weight` [E] where given, plus kl_coef times the KL."""
+    if batch.advantages is None:
+        raise ValueError("the loss needs batch.advantages; fill them with credit(batch) first.")
+    edges = batch.trajectory
+    current = current_step(policy, batch, kernel, eta)
+    log_ratio = gaussian_logprob(edges.x_next, current.transition) - edges.logprob
+    loss, metrics = clipped(log_ratio, batch.advantages, clip_range)
+    metrics["adv_abs"] = batch.advantages.abs().mean()
+    metrics["adv_zero_frac"] = (batch.advantages == 0).float().mean()
+    if weight is not None:
+        loss = loss * weight
+    metrics["policy_loss"] = edge_mean(loss).detach()
+    if kl_coef > 0:
+        kl = reference_kl(policy, batch, kernel, eta, current, kl_form)
+        metrics["kl"] = edge_mean(kl).detach()
+        loss = loss + kl_coef * kl
+    return Loss(edge_mean(loss), metrics)

@@ -1,0 +1,132 @@
+"""From several scores to the one number that is trained on: normalise, weigh, sum, gate.
+
+    total = sum_r weight_r * norm_r(score_r)          and total = min(total, floor) where a gate's score is below its minimum
+
+NaN is no verdict, and stays one: a sample is scored by all weighted rewards or by none. With `renormalise` the rewards that did
+answer stand in for those that did not; then totals of one group are means of different things, which is why it is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewards.types import RewardError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """A condition instead of a summand: where the raw score is below `min`, the total is at most `floor`."""
+
+    min: float
+    floor: float = 0.0
+    """A gate never raises a total, so with negative totals choose a floor below them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """How one reward enters the total. Weight 0 only logs it."""
+
+    weight: float = 1.0
+    affine: tuple[float, float] = (0.0, 1.0)
+    """(shift, scale): the score enters as (score - shift) / scale."""
+    rank: bool = False
+    """The score enters as its rank within the group, 0 = worst to 1 = best, ties at their mean."""
+    gate: Gate | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether the total depends on this reward at all."""
+        return self.weight != 0 or self.gate is not None
+
+
+def make_rule(name: str, weight: Any, norm: Any, gate: Any, score_range: tuple[float, float] | None) -> Rule:
+    """A `Rule` from config values.
+
+    norm    none | rank | unit (the reward's declared range -> [0, 1]) | {unit: [low, high]} | {affine: [shift, scale]}
+    gate    {min: 0.3} or {min: 0.3, floor: -1}
+    """
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise RewardError(f"reward {name!r}: weight is {weight!r}; expected a number")
+    return Rule(
+        weight=float(weight), affine=_affine(name, norm, score_range), rank=norm == "rank", gate=_gate(name, gate)
+    )
+
+
+def _affine(name: str, norm: Any, score_range: tuple[float, float] | None) -> tuple[float, float]:
+    if norm in (None, "none", "rank"):
+        return 0.0, 1.0
+    if norm == "unit":
+        if score_range is None:
+            raise RewardError(f"reward {name!r} declares no range for `norm: unit`; give it: `norm: {{unit: [low, high]}}`")
+        norm = {"unit": score_range}
+    kind, pair = next(iter(norm.items())) if isinstance(norm, Mapping) and len(norm) == 1 else (None, None)
+    if kind in ("unit", "affine") and isinstance(pair, Sequence) and len(pair) == 2:
+        shift, scale = float(pair[0]), float(pair[1]) - (float(pair[0]) if kind == "unit" else 0.0)
+        if scale > 0:
+            return shift, scale
+    raise RewardError(
+        f"reward {name!r}: norm is {norm!r}; expected none, rank, unit, {{unit: [low, high]}} with low < high, "
+        "or {affine: [shift, scale]} with scale > 0"
+    )
+
+
+def _gate(name: str, gate: Any) -> Gate | None:
+    if gate is None:
+        return None
+    if not isinstance(gate, Mapping) or "min" not in gate or set(gate) - {"min", "floor"}:
+        raise RewardError(f"reward {name!r}: gate is {gate!r}; expected {{min: 0.3}} or {{min: 0.3, floor: -1}}")
+    return Gate(**{key: float(value) for key, value in gate.items()})
+
+
+def combine(
+    scores: Mapping[str, Tensor], rules: Mapping[str, Rule], group: Tensor, *, renormalise: bool = False
+) -> Tensor:
+    """Total [N] of `scores` {name: [N]}; `group` int [N] matters to `norm: rank` alone."""
+    counted = {name: rule for name, rule in rules.items() if rule.counts}
+    if not counted:
+        raise RewardError("every reward has weight 0, so there is nothing to train on; give one a weight")
+    weighted = {name: rule for name, rule in counted.items() if rule.weight != 0}
+    total = torch.zeros(len(group))
+    answered = torch.zeros(len(group))
+    for name, rule in weighted.items():
+        value = normalised(scores[name], rule, group)
+        seen = ~value.isnan()
+        total = total + rule.weight * (torch.where(seen, value, 0.0) if renormalise else value)
+        answered = answered + seen * abs(rule.weight)
+    if weighted and renormalise:
+        total = total * sum(abs(rule.weight) for rule in weighted.values()) / answered  # 0 / 0 = NaN: nobody answered
+    for name, rule in counted.items():
+        if rule.gate is not None:
+            total = _gated(total, scores[name], rule.gate)
+    return total
+
+
+def normalised(score: Tensor, rule: Rule, group: Tensor) -> Tensor:
+    """A reward's score [N] as it enters the sum, before its weight."""
+    if rule.rank:
+        return ranks(score, group)
+    shift, scale = rule.affine
+    return (score - shift) / scale
+
+
+def ranks(score: Tensor, group: Tensor) -> Tensor:
+    """Rank of each score [N] among its group's verdicts, from 0 (worst) to 1 (best); ties share their mean, NaN stays NaN.
+
+    A sample beats b others and ties with e (itself included): rank = (b + (e - 1) / 2) / (n - 1). One verdict alone is 0.5.
+    """
+    peers = (group[:, None] == group[None, :]) & ~score.isnan()[None, :]
+    below = (peers & (score[None, :] < score[:, None])).sum(1)
+    equal = (peers & (score[None, :] == score[:, None])).sum(1)
+    rank = (below + (equal - 1) / 2) / (peers.sum(1) - 1)
+    return torch.where(score.isnan(), score, torch.where(peers.sum(1) > 1, rank, 0.5))
+
+
+def _gated(total: Tensor, score: Tensor, gate: Gate) -> Tensor:
+    """No verdict on a condition is no verdict on the sample."""
+    lowered = torch.where(score < gate.min, total.clamp(max=gate.floor), total)
+    return torch.where(score.isnan(), score, lowered)

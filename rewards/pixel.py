@@ -1,0 +1,68 @@
+"""Rewards that need no model: file size and simple statistics of the pixels. Cheap, exact, and learnable in minutes.
+
+The JPEG rewards are those of DDPO (arXiv:2305.13301, section 5.1): compressibility is minus the size, incompressibility is it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rewards.media import to_pil
+from rewards.types import RewardError, Sample, declare
+
+__all__ = ["brightness", "contrast", "jpeg_compressibility", "jpeg_size", "redness", "saturation"]
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in JPEG itself
+
+
+@declare(deterministic=True, device="cpu")
+def jpeg_size(samples: Sequence[Sample], quality: int = 95, unit: str = "kb") -> list[float]:
+    """Size as a JPEG: "kb" = bytes / 1000, or "bpp" = bits per pixel, which does not depend on the resolution."""
+    if unit not in ("kb", "bpp"):
+        raise RewardError(f'jpeg unit {unit!r}; expected "kb" (bytes / 1000) or "bpp" (bits per pixel)')
+    return [_jpeg_size(sample.media, quality, unit) for sample in samples]
+
+
+@declare(deterministic=True, device="cpu")
+def jpeg_compressibility(samples: Sequence[Sample], quality: int = 95, unit: str = "kb") -> list[float]:
+    """Minus the JPEG size: smooth images win."""
+    return [-size for size in jpeg_size(samples, quality, unit)]
+
+
+@declare(deterministic=True, differentiable=True, range=(0.0, 1.0))
+def brightness(samples: Sequence[Sample]) -> Tensor:
+    """Mean luma."""
+    return torch.stack([_luma(sample.media).mean() for sample in samples])
+
+
+@declare(deterministic=True, differentiable=True, range=(0.0, 0.5))
+def contrast(samples: Sequence[Sample]) -> Tensor:
+    """Standard deviation of luma over the pixels."""
+    return torch.stack([_luma(sample.media).var(correction=0).clamp(min=1e-12).sqrt() for sample in samples])
+
+
+@declare(deterministic=True, differentiable=True, range=(-1.0, 1.0))
+def redness(samples: Sequence[Sample]) -> Tensor:
+    """Mean of red minus the mean of green and blue: 1 = pure red, 0 = grey, -1 = cyan."""
+    return torch.stack([(image[0] - (image[1] + image[2]) / 2).mean() for image in (s.media.float() for s in samples)])
+
+
+@declare(deterministic=True, differentiable=True, range=(0.0, 1.0))
+def saturation(samples: Sequence[Sample]) -> Tensor:
+    """Mean over the pixels of strongest minus weakest channel: 0 = grey, 1 = pure colours."""
+    return torch.stack([(image.amax(0) - image.amin(0)).mean() for image in (s.media.float() for s in samples)])
+
+
+def _luma(image: Tensor) -> Tensor:
+    return torch.einsum("chw,c->hw", image.float(), image.new_tensor(_LUMA, dtype=torch.float32))
+
+
+def _jpeg_size(image: Tensor, quality: int, unit: str) -> float:
+    file = io.BytesIO()
+    to_pil(image).save(file, format="JPEG", quality=quality)
+    size = file.tell()
+    return size / 1000 if unit == "kb" else 8 * size / (image.shape[1] * image.shape[2])

@@ -1,0 +1,258 @@
+"""One reward made safe to call: batching, loading, and everything that can go wrong, decided in this one place.
+
+    pixels NaN or infinite, or `meta` lacks what the reward needs     NaN for that sample, with `info["error"]`
+    an exception for some sample                                      the batch is tried again one by one; NaN for the sample
+                                                                      that fails, or `on_error: raise` names it
+    TypeError, NameError, ... for some sample                         a bug: raises at once and names the sample
+    wrong length, shape or type returned                              a bug: RewardContractError says how to mend it
+    infinity returned                                                 NaN
+    out of memory                                                     half the batch size, from then on
+    most samples without a verdict, call after call                   raises with the last error
+
+"One by one" is sample by sample, or group by group for a reward of `scope = "group"`.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
+
+import torch
+
+from rewards.cache import ScoreCache
+from rewards.contract import Sheet, as_scores
+from rewards.media import frame
+from rewards.types import Reward, RewardContractError, RewardError, Sample, Scores, Traits
+
+BUGS = (TypeError, NameError, ImportError, NotImplementedError, RewardContractError)
+"""What no sample is to blame for."""
+
+Unit: TypeAlias = list[int]
+"""Rows of the samples that must be scored together: one sample, or one group."""
+
+
+@dataclass(kw_only=True)
+class Scorer:
+    """A reward with its place and its policy. `run` is called from one thread only: that of its lane."""
+
+    reward: Reward
+    name: str
+    traits: Traits
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    batch_size: int | None = None
+    """Samples in one call; None = all."""
+    on_error: Literal["nan", "raise"] = "nan"
+    frames: int = 4
+    """How many frames of a video a reward for images sees."""
+    cache: ScoreCache | None = None
+    _loaded: bool = False
+    _warned: set[str] = field(default_factory=set)
+
+    def load(self) -> None:
+        """Bring the weights in, once."""
+        if self._loaded:
+            return
+        try:
+            if hasattr(self.reward, "load"):
+                self.reward.load(self.device, self.dtype)
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(f"reward {self.name!r} cannot be loaded: {_told(error)}") from error
+        self._loaded = True
+
+    def unload(self) -> None:
+        """Let the weights go."""
+        if self._loaded and hasattr(self.reward, "unload"):
+            self.reward.unload()
+        self._loaded = False
+
+    @torch.no_grad()
+    def run(self, samples: Sequence[Sample], broken: Mapping[int, str]) -> tuple[Scores, float]:
+        """Scores of all samples, fp32 on the CPU and in their order, and the seconds that it took.
+
+        `broken` says which samples no reward can judge (`rewards.media.broken_media`).
+        """
+        start = time.perf_counter()
+        self.load()
+        sheet = Sheet(len(samples))
+        units = self._scorable(samples, broken, sheet)
+        if self.cache is None:
+            self._score(units, samples, sheet)
+        else:
+            keys = {row: self.cache.key(samples[row]) for (row,) in units}
+            known = {row for row, key in keys.items() if self.cache.recall(key, row, sheet)}
+            self._score([[row] for row in keys if row not in known], samples, sheet)
+            self.cache.remember({row: key for row, key in keys.items() if row not in known}, sheet)
+        return sheet.scores(), time.perf_counter() - start
+
+    def _scorable(self, samples: Sequence[Sample], broken: Mapping[int, str], sheet: Sheet) -> list[Unit]:
+        """The units that can be scored; the others get their reason."""
+        units: dict[int, Unit] = {}
+        for row, sample in enumerate(samples):
+            units.setdefault(sample.group if self.traits.scope == "group" else row, []).append(row)
+        refused = dict(broken)
+        for row, sample in enumerate(samples):
+            lacking = [key for key in self.traits.needs if sample.meta.get(key) is None]
+            if lacking:
+                refused[row] = f"meta has no {' and no '.join(map(repr, lacking))}, which reward {self.name!r} needs"
+                self._warn_once("needs", f"sample {row} {_called(sample)}: {refused[row]}; it gets no verdict")
+            if sample.kind == "image" and "image" not in self.traits.media:
+                raise RewardContractError(
+                    f"reward {self.name!r} judges videos; sample {row} {_called(sample)} is an image of shape "
+                    f"{list(sample.media.shape)}. Mend: use a reward for images, or a model that makes videos."
+                )
+        for row, error in refused.items():
+            sheet.fail([row], error)
+        whole = [unit for unit in units.values() if not refused.keys() & set(unit)]
+        for unit in units.values():
+            if unit not in whole:
+                sheet.fail(unit, "another sample of its group cannot be judged, and this reward compares whole groups")
+        return whole
+
+    def _score(self, units: Sequence[Unit], samples: Sequence[Sample], sheet: Sheet) -> None:
+        """Score units in batches and in order; whatever goes wrong is settled here."""
+        waiting = list(units)
+        while waiting:
+            batch = self._next_batch(waiting)
+            rows = [row for unit in batch for row in unit]
+            outcome = self._attempt([samples[row] for row in rows])
+            if isinstance(outcome, Scores):
+                sheet.put(rows, outcome)
+            elif isinstance(outcome, torch.OutOfMemoryError):
+                self._shrink(len(rows), outcome, splits=len(batch) > 1)
+                waiting = batch + waiting[len(batch) :]
+                continue
+            elif len(batch) > 1 and not isinstance(outcome, RewardContractError):
+                self._isolate(batch, samples, sheet, outcome)
+            else:
+                self._settle(rows, samples, sheet, outcome)
+            waiting = waiting[len(batch) :]
+
+    def _next_batch(self, waiting: Sequence[Unit]) -> list[Unit]:
+        """As many units as fit into `batch_size` samples, and at least one."""
+        if self.batch_size is None:
+            return list(waiting)
+        batch, size = [waiting[0]], len(waiting[0])
+        for unit in waiting[1:]:
+            size += len(unit)
+            if size > self.batch_size:
+                break
+            batch.append(unit)
+        return batch
+
+    def _attempt(self, samples: Sequence[Sample]) -> Scores | Exception:
+        """Scores of one batch, or what was raised instead."""
+        try:
+            placed = [replace(s, media=s.media.detach().to(self.device)) for s in samples]
+            if "video" in self.traits.media or all(sample.kind == "image" for sample in placed):
+                return self._call(placed)
+            looks = range(self.frames)
+            return _mean([self._call([frame(sample, look, self.frames) for sample in placed]) for look in looks])
+        except Exception as error:
+            return error
+
+    def _call(self, samples: Sequence[Sample]) -> Scores:
+        return as_scores(self.reward.score(samples), len(samples), self.name)
+
+    def _isolate(self, batch: list[Unit], samples: Sequence[Sample], sheet: Sheet, error: Exception) -> None:
+        """Score the units of a failed batch one by one, so that only what really fails is lost."""
+        rows = [row for unit in batch for row in unit]
+        for unit in batch:
+            self._score([unit], samples, sheet)
+        if not any("error" in sheet.info[row] for row in rows):
+            self._warn_once(
+                "batch",
+                f"reward {self.name!r} fails on {len(rows)} samples at once ({_told(error)}) but scores each alone, "
+                "which is slow; set `batch_size: 1`, or mend its handling of batches",
+            )
+
+    def _settle(self, rows: Sequence[int], samples: Sequence[Sample], sheet: Sheet, error: Exception) -> None:
+        """One unit failed: raise with its name, or leave it without a verdict."""
+        if isinstance(error, RewardContractError):
+            raise error
+        if self.on_error == "raise" or isinstance(error, BUGS):
+            which = f"sample {rows[0]}" if len(rows) == 1 else f"samples {', '.join(map(str, rows))}"
+            mend = (
+                "This looks like a bug in the reward; for a sample that it cannot judge, let it return NaN or None."
+                if isinstance(error, BUGS)
+                else "`on_error: nan` leaves such a sample out of training instead."
+            )
+            raise RewardError(
+                f"reward {self.name!r} failed on {which} {_called(samples[rows[0]])}: {_told(error)}. {mend}"
+            ) from error
+        sheet.fail(rows, _told(error))
+
+    def _shrink(self, size: int, error: Exception, splits: bool) -> None:
+        """Halve the batch size after running out of memory."""
+        if not splits:
+            raise RewardError(
+                f"reward {self.name!r} runs out of memory on {self.device} with the smallest batch it can be given "
+                f"({size}). Mend: put it on another device (`device: cpu`), or use `dtype: bfloat16`."
+            ) from error
+        error.with_traceback(None)  # its frames hold the tensors that did not fit
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.batch_size = max(1, size // 2)
+        warnings.warn(
+            f"reward {self.name!r} ran out of memory with {size} samples; batch_size is now {self.batch_size}", stacklevel=2
+        )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=2)
+
+
+@dataclass(kw_only=True)
+class NanWatch:
+    """Stops a run whose reward has gone: too few verdicts on the moving average, for several calls in a row."""
+
+    name: str
+    max_nan_frac: float
+    decay: float = 0.8
+    patience: int = 3
+    average: float | None = None
+    strikes: int = 0
+
+    def see(self, scores: Scores) -> None:
+        """Take note of one call; raise with the last error when it was one too many."""
+        if not len(scores.value):
+            return
+        fraction = scores.value.isnan().float().mean().item()
+        self.average = fraction if self.average is None else self.decay * self.average + (1 - self.decay) * fraction
+        self.strikes = self.strikes + 1 if self.average > self.max_nan_frac else 0
+        if self.strikes >= self.patience:
+            errors = [entry["error"] for entry in scores.info if "error" in entry]
+            raise RewardError(
+                f"reward {self.name!r} gives no verdict on {fraction:.0%} of the samples ({self.average:.0%} on average), "
+                f"for {self.strikes} calls in a row. Last error: {errors[-1] if errors else 'none in this call'}. "
+                "If it is meant for some of the prompts only, raise max_nan_frac."
+            )
+
+
+def _mean(looks: Sequence[Scores]) -> Scores:
+    """Mean over the frames that a video was judged by; a frame without a verdict leaves the video without one."""
+    info = []
+    for frames in zip(*(look.info for look in looks), strict=True):
+        errors = [entry["error"] for entry in frames if "error" in entry]
+        info.append({"frames": list(frames)} | ({"error": errors[0]} if errors else {}))
+    parts = {
+        key: torch.stack([look.parts[key] for look in looks]).mean(0)
+        for key in looks[0].parts
+        if all(key in look.parts for look in looks)
+    }
+    return Scores(value=torch.stack([look.value for look in looks]).mean(0), parts=parts, info=info)
+
+
+def _called(sample: Sample) -> str:
+    prompt = sample.prompt if len(sample.prompt) <= 80 else sample.prompt[:77] + "..."
+    return f"(group {sample.group}, prompt {prompt!r})"
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,7 +1,7 @@
 """Scores remembered by what was scored; for rewards that declare `deterministic`, and off unless asked for.
 
-A key holds everything a score may depend on: the reward and its configuration, the prompt, the fps, all of `meta`, and the
-media's shape and bytes. Media is compared as uint8, which is what it would be saved as.
+A key holds everything a score may depend on: the reward and its configuration, the prompt, the fps, all of `meta`, and
+the media's shape and bytes. Media is compared as uint8, which is what it would be saved as.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """From several scores to the one number that is trained on: normalise, weigh, sum, gate.
 
-    total = sum_r weight_r * norm_r(score_r)          and total = min(total, floor) where a gate's score is below its minimum
+    total = sum_r weight_r * norm_r(score_r)     and   total = min(total, floor) where a gate's score is below its min
 
-NaN is no verdict, and stays one: a sample is scored by all weighted rewards or by none. With `renormalise` the rewards that did
-answer stand in for those that did not; then totals of one group are means of different things, which is why it is off.
+NaN is no verdict, and stays one: a sample is scored by all weighted rewards or by none. With `renormalise` the rewards
+that did answer stand in for those that did not; then totals of one group are means of different things, which is why it
+is off.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _affine(name: str, norm: Any, score_range: tuple[float, float] | None) -> tu
         return 0.0, 1.0
     if norm == "unit":
         if score_range is None:
-            raise RewardError(f"reward {name!r} declares no range for `norm: unit`; give it: `norm: {{unit: [low, high]}}`")
+            raise RewardError(f"reward {name!r} declares no range; give it: `norm: {{unit: [low, high]}}`")
         norm = {"unit": score_range}
     kind, pair = next(iter(norm.items())) if isinstance(norm, Mapping) and len(norm) == 1 else (None, None)
     if kind in ("unit", "affine") and isinstance(pair, Sequence) and len(pair) == 2:
@@ -115,9 +116,9 @@ def normalised(score: Tensor, rule: Rule, group: Tensor) -> Tensor:
 
 
 def ranks(score: Tensor, group: Tensor) -> Tensor:
-    """Rank of each score [N] among its group's verdicts, from 0 (worst) to 1 (best); ties share their mean, NaN stays NaN.
+    """Rank of each score [N] among its group's verdicts, 0 (worst) to 1 (best); ties share their mean, NaN stays NaN.
 
-    A sample beats b others and ties with e (itself included): rank = (b + (e - 1) / 2) / (n - 1). One verdict alone is 0.5.
+    A sample beats b of n and ties with e (itself too): rank = (b + (e - 1) / 2) / (n - 1). One verdict alone is 0.5.
     """
     peers = (group[:, None] == group[None, :]) & ~score.isnan()[None, :]
     below = (peers & (score[None, :] < score[:, None])).sum(1)

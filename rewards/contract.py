@@ -1,7 +1,7 @@
 """Turn whatever a reward returned into `Scores`, or say exactly what is wrong with it.
 
-Every check answers three questions: what was returned, what was expected, how to mend it. Nothing is guessed and nothing is
-repaired silently: a list of bools or an [N, 1] tensor would train, and would train on something else than was meant.
+Every check answers three questions: what was returned, what was expected, how to mend it. Nothing is guessed or mended
+silently: a list of bools or an [N, 1] tensor would train, and would train on something else than was meant.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _vector(returned: Any, count: int, name: str) -> Tensor:
     """A tensor, an array or a sequence of numbers as fp32 [count] on the CPU."""
     if isinstance(returned, np.ndarray):
         if returned.dtype.kind not in "iufb":
-            _refuse(name, f"an array of {returned.dtype}", "numbers", "use float(...) for each score, NaN for no verdict")
+            _refuse(name, f"an array of {returned.dtype}", "numbers", "use float(...), and NaN for no verdict")
         returned = torch.from_numpy(returned)
     value = returned if isinstance(returned, Tensor) else torch.tensor(_numbers(returned, count, name))
     if value.dtype == torch.bool or value.is_complex():
@@ -100,7 +100,7 @@ def _numbers(returned: Any, count: int, name: str) -> list[float]:
     """A sequence's items as floats; None becomes NaN."""
     if inspect.iscoroutine(returned):
         returned.close()
-        _refuse(name, "a coroutine", "scores", "make it a plain function; a lane of the hub is a thread, so it may block")
+        _refuse(name, "a coroutine", "scores", "make it a plain function; it may block, a lane is a thread")
     if returned is None:
         _refuse(name, "None", f"{count} scores", "a `return` is missing")
     if isinstance(returned, str | bytes | Mapping) or not isinstance(returned, Sequence):

@@ -1,7 +1,7 @@
 """Plain functions as rewards. Two signatures are understood, and the parameters' names tell which one is meant.
 
     def my(samples, strength=1.0): ...                 all samples; other parameters are options, set in the config
-    def my(images, prompts, text, strength=1.0): ...   columns: `images` [n, 3, H, W] stacked, `prompts` a list of strings;
+    def my(images, prompts, text, strength=1.0): ...   columns: `images` [n, 3, H, W] stacked, `prompts` a list of str;
                                                        a parameter without a default is a column of `Sample.meta` (here
                                                        "text" is needed), one with a default is an option, and
                                                        `**columns` receives every other meta key that all samples have
@@ -13,6 +13,7 @@ Media of different sizes cannot be stacked: the function is then called once per
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -36,13 +37,13 @@ class _FunctionReward:
 
     def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
         """Check the signature and the options now, so that a typo does not wait for the first batch."""
-        self.name = getattr(function, "__name__", type(function).__name__)
+        self._label = label(function)
         self._function, self._options = function, dict(options)
         parameters = inspect.signature(function).parameters
         named = [p for p in parameters.values() if p.kind in _NAMED]
         self._media = _media_column(parameters)
         fixed = {self._media, "prompts"} if self._media else {p.name for p in named[:1]}
-        check_options(self.name, options, [p.name for p in named if p.name not in fixed])
+        check_options(self._label, options, [p.name for p in named if p.name not in fixed])
         required = [p.name for p in named if p.name not in fixed | set(options) and p.default is p.empty]
         self._rest = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if self._media:
@@ -50,8 +51,9 @@ class _FunctionReward:
             self.needs = tuple(required)
         elif required or not named or named[0].kind is inspect.Parameter.KEYWORD_ONLY:
             raise RewardError(
-                f"reward {self.name!r} has the signature {inspect.signature(function)}; expected (samples, option=default, "
-                f"...) or (images, prompts, ...). Not understood: {', '.join(required) or 'nothing takes the samples'}."
+                f"reward {self._label!r} has the signature {inspect.signature(function)}; expected "
+                "(samples, option=default, ...) or (images, prompts, ...). "
+                f"Not understood: {', '.join(required) or 'nothing takes the samples'}."
             )
         for key in Traits.__dataclass_fields__:
             if hasattr(function, key):
@@ -69,7 +71,7 @@ class _FunctionReward:
             return self._call_columns(samples)
         sheet = Sheet(len(samples))
         for rows in by_shape.values():
-            sheet.put(rows, as_scores(self._call_columns([samples[row] for row in rows]), len(rows), self.name))
+            sheet.put(rows, as_scores(self._call_columns([samples[row] for row in rows]), len(rows), self._label))
         return Scores(value=sheet.value, parts=sheet.parts, info=sheet.info)
 
     def _call_columns(self, samples: Sequence[Sample]) -> ScoreLike:
@@ -83,12 +85,11 @@ class _FunctionReward:
         return answer
 
 
-def is_reward_function(function: object) -> bool:
-    """Whether a function's parameter names say that it scores samples, rather than helping one that does."""
-    if not inspect.isfunction(function):
-        return False
-    parameters = inspect.signature(function).parameters
-    return _media_column(parameters) is not None or next(iter(parameters), None) == "samples"
+def label(use: object) -> str:
+    """What a function, class or object is called."""
+    if isinstance(use, functools.partial):
+        return label(use.func)
+    return str(getattr(use, "__name__", None) or type(use).__name__)
 
 
 def check_options(name: str, options: Iterable[str], known: Sequence[str]) -> None:
@@ -99,10 +100,10 @@ def check_options(name: str, options: Iterable[str], known: Sequence[str]) -> No
             raise RewardError(f"reward {name!r} has no option {key!r}{meant}. It has: {', '.join(known) or 'none'}.")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?` for a word that is almost one of `known`, else nothing."""
-    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """` (did you mean ...?)` for a word that is almost one of `known`, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=3, cutoff=cutoff)
+    return f" (did you mean {' or '.join(repr(match) for match in close)}?)" if close else ""
 
 
 def _media_column(parameters: Mapping[str, inspect.Parameter]) -> str | None:

@@ -28,7 +28,7 @@ def clamp(media: Tensor) -> Tensor:
 
 def to_uint8(media: Tensor) -> Tensor:
     """[..., 3, H, W] float in [0, 1] -> uint8 on the CPU, rounded to nearest."""
-    return (media.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    return (media.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 def to_array(image: Tensor) -> NDArray[np.uint8]:

@@ -2,10 +2,10 @@
 
     ned       1 - levenshtein(read, target) / max(len(read), len(target)): too much text costs as missing text does
     contain   Flow-GRPO's reward (arXiv:2505.05470): 1 where the target is part of what is read, otherwise
-              1 - min(levenshtein, len(target)) / len(target); repeating the target costs nothing, and models find that out
+              1 - min(levenshtein, len(target)) / len(target); repeating the target costs nothing, and models find out
 
-Case and white space do not count. The target is `meta["text"]`, else what stands between double quotes in the prompt (all
-of it, in order). Both numbers are logged as parts, so that the distance between them shows the repetition.
+Case and white space do not count. The target is `meta["text"]`, else what stands between double quotes in the prompt
+(all of it, in order). Both numbers are logged as parts, so that the distance between them shows the repetition.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class OCR:
         self._engine = rapidocr.RapidOCR(
             params={
                 "Global.log_level": "error",
-                "Global.use_cls": False,  # no upside-down text here, and 180 degrees would be guessed wrong now and then
+                "Global.use_cls": False,  # it turns lines by 180 degrees, now and then wrongly
                 "EngineConfig.onnxruntime.intra_op_num_threads": threads,
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
                 # given a path, RapidOCR takes the file as it is; without one it may download
@@ -135,6 +135,6 @@ def _bundled(models: Path, stage: str) -> str:
         found = ", ".join(file.name for file in files) or "none"
         raise RewardError(
             f"reward 'ocr' expects one {stage} model in the RapidOCR wheel, found {found} in {models}. "
-            f'This is written for rapidocr >=3.10,<4, and nothing is downloaded: {_INSTALL} --force-reinstall'
+            f"This is written for rapidocr >=3.10,<4, and nothing is downloaded: {_INSTALL} --force-reinstall"
         )
     return str(files[0])

@@ -1,6 +1,6 @@
 """Rewards that need no model: file size and simple statistics of the pixels. Cheap, exact, and learnable in minutes.
 
-The JPEG rewards are those of DDPO (arXiv:2305.13301, section 5.1): compressibility is minus the size, incompressibility is it.
+The JPEG rewards are those of DDPO (arXiv:2305.13301): compressibility is minus the size, incompressibility is the size.
 """
 
 from __future__ import annotations

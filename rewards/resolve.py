@@ -5,8 +5,8 @@
     package.module:attribute  anything importable
     ./file.py:attribute       a file loaded by its path, wherever it lies and whatever it is called
 
-A module's rewards are its own public classes with a `score` method, and its own public functions whose parameter names
-say that they score (see `rewards.functions`). What `__all__` leaves out, where there is one, is not offered.
+A module's rewards are the public classes in it that have a `score` method and the public functions marked with
+`@declare(...)`; where it has an `__all__`, what that leaves out is not offered.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rewards.functions import check_options, from_function, is_reward_function, nearest
-from rewards.types import Reward, RewardError
+from rewards.functions import check_options, from_function, nearest
+from rewards.types import Reward, RewardError, is_declared
 
 ENTRY_POINTS = "flowrl.rewards"
 
@@ -43,12 +43,14 @@ def build(use: Any, options: Mapping[str, Any] | None = None) -> Reward:
         return _construct(target, options)
     if callable(getattr(target, "score", None)):
         if options:
-            raise RewardError(f"reward {use!r} is an object already; its constructor takes options: {', '.join(options)}")
+            raise RewardError(
+                f"reward {use!r} is an object already; give its constructor the options {', '.join(options)}"
+            )
         ready: Reward = target
         return ready
     if callable(target):
         return from_function(target, options)
-    raise RewardError(f"{use!r} is of type {type(target).__name__}; a reward is a function or has a method score(samples)")
+    raise RewardError(f"{use!r} is a {type(target).__name__}; a reward is a function or has a method score(samples)")
 
 
 def resolve(name: str) -> Any:
@@ -65,8 +67,9 @@ def resolve(name: str) -> Any:
 def offered(module: ModuleType) -> dict[str, Any]:
     """The rewards that a module offers, by name, in the order of the file."""
     names = getattr(module, "__all__", [key for key in vars(module) if not key.startswith("_")])
-    mine = {key: vars(module)[key] for key in names if getattr(vars(module)[key], "__module__", None) == module.__name__}
-    return {key: value for key, value in mine.items() if _is_reward_class(value) or is_reward_function(value)}
+    found = {key: getattr(module, key) for key in names}
+    own = {key: value for key, value in found.items() if getattr(value, "__module__", None) == module.__name__}
+    return {key: value for key, value in own.items() if _is_reward_class(value) or is_declared(value)}
 
 
 def _is_reward_class(value: object) -> bool:
@@ -93,7 +96,7 @@ def _builtin(name: str) -> Any | None:
     if name in modules:
         rewards = offered(importlib.import_module(f"rewards.{name}"))
         if len(rewards) > 1:
-            raise RewardError(f"{name!r} has several rewards; name one of {', '.join(f'{name}.{key}' for key in rewards)}")
+            raise RewardError(f"{name!r} has several rewards: {', '.join(f'{name}.{key}' for key in rewards)}")
         return next(iter(rewards.values()), None)
     module, _, attribute = name.rpartition(".")
     return offered(importlib.import_module(f"rewards.{module}")).get(attribute) if module in modules else None

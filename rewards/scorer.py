@@ -1,13 +1,13 @@
 """One reward made safe to call: batching, loading, and everything that can go wrong, decided in this one place.
 
-    pixels NaN or infinite, or `meta` lacks what the reward needs     NaN for that sample, with `info["error"]`
-    an exception for some sample                                      the batch is tried again one by one; NaN for the sample
-                                                                      that fails, or `on_error: raise` names it
-    TypeError, NameError, ... for some sample                         a bug: raises at once and names the sample
-    wrong length, shape or type returned                              a bug: RewardContractError says how to mend it
-    infinity returned                                                 NaN
-    out of memory                                                     half the batch size, from then on
-    most samples without a verdict, call after call                   raises with the last error
+    pixels NaN or infinite, or `meta` lacks what the reward needs   NaN for that sample, with `info["error"]`
+    an exception for some sample                                    the batch is tried again one by one; NaN for the one
+                                                                    that fails, or `on_error: raise` names it
+    TypeError, NameError, ... for some sample                       a bug: raises at once and names the sample
+    wrong length, shape or type returned                            a bug: RewardContractError says how to mend it
+    infinity returned                                               NaN
+    out of memory                                                   half the batch size, from then on
+    most samples without a verdict, call after call                 raises with the last error
 
 "One by one" is sample by sample, or group by group for a reward of `scope = "group"`.
 """
@@ -25,7 +25,7 @@ import torch
 from rewards.cache import ScoreCache
 from rewards.contract import Sheet, as_scores
 from rewards.media import frame
-from rewards.types import Reward, RewardContractError, RewardError, Sample, Scores, Traits
+from rewards.types import MediaKind, Reward, RewardContractError, RewardError, Sample, Scores, Traits
 
 BUGS = (TypeError, NameError, ImportError, NotImplementedError, RewardContractError)
 """What no sample is to blame for."""
@@ -70,6 +70,15 @@ class Scorer:
         if self._loaded and hasattr(self.reward, "unload"):
             self.reward.unload()
         self._loaded = False
+
+    def warm(self, samples: Sequence[Sample] | None) -> float:
+        """Load, and score some samples (by default made-up ones) with no mercy for errors; the seconds that it took."""
+        policy, self.on_error = self.on_error, "raise"
+        try:
+            made_up = made_up_samples("image" if "image" in self.traits.media else "video")
+            return self.run(made_up if samples is None else samples, {})[1]
+        finally:
+            self.on_error = policy
 
     @torch.no_grad()
     def run(self, samples: Sequence[Sample], broken: Mapping[int, str]) -> tuple[Scores, float]:
@@ -116,22 +125,21 @@ class Scorer:
 
     def _score(self, units: Sequence[Unit], samples: Sequence[Sample], sheet: Sheet) -> None:
         """Score units in batches and in order; whatever goes wrong is settled here."""
-        waiting = list(units)
-        while waiting:
-            batch = self._next_batch(waiting)
+        done = 0
+        while done < len(units):
+            batch = self._next_batch(units[done:])
             rows = [row for unit in batch for row in unit]
             outcome = self._attempt([samples[row] for row in rows])
+            if isinstance(outcome, torch.OutOfMemoryError):
+                self._shrink(len(rows), outcome, splits=len(batch) > 1)
+                continue
             if isinstance(outcome, Scores):
                 sheet.put(rows, outcome)
-            elif isinstance(outcome, torch.OutOfMemoryError):
-                self._shrink(len(rows), outcome, splits=len(batch) > 1)
-                waiting = batch + waiting[len(batch) :]
-                continue
             elif len(batch) > 1 and not isinstance(outcome, RewardContractError):
                 self._isolate(batch, samples, sheet, outcome)
             else:
                 self._settle(rows, samples, sheet, outcome)
-            waiting = waiting[len(batch) :]
+            done += len(batch)
 
     def _next_batch(self, waiting: Sequence[Unit]) -> list[Unit]:
         """As many units as fit into `batch_size` samples, and at least one."""
@@ -148,7 +156,7 @@ class Scorer:
     def _attempt(self, samples: Sequence[Sample]) -> Scores | Exception:
         """Scores of one batch, or what was raised instead."""
         try:
-            placed = [replace(s, media=s.media.detach().to(self.device)) for s in samples]
+            placed = [replace(s, media=s.media.detach().to(self.device, torch.float32)) for s in samples]
             if "video" in self.traits.media or all(sample.kind == "image" for sample in placed):
                 return self._call(placed)
             looks = range(self.frames)
@@ -199,7 +207,8 @@ class Scorer:
             torch.cuda.empty_cache()
         self.batch_size = max(1, size // 2)
         warnings.warn(
-            f"reward {self.name!r} ran out of memory with {size} samples; batch_size is now {self.batch_size}", stacklevel=2
+            f"reward {self.name!r} ran out of memory with {size} samples; batch_size is now {self.batch_size}",
+            stacklevel=2,
         )
 
     def _warn_once(self, kind: str, message: str) -> None:
@@ -229,10 +238,21 @@ class NanWatch:
         if self.strikes >= self.patience:
             errors = [entry["error"] for entry in scores.info if "error" in entry]
             raise RewardError(
-                f"reward {self.name!r} gives no verdict on {fraction:.0%} of the samples ({self.average:.0%} on average), "
-                f"for {self.strikes} calls in a row. Last error: {errors[-1] if errors else 'none in this call'}. "
+                f"reward {self.name!r} gives no verdict on {fraction:.0%} of the samples ({self.average:.0%} on "
+                f"average), for {self.strikes} calls in a row. "
+                f"Last error: {errors[-1] if errors else 'none in this call'}. "
                 "If it is meant for some of the prompts only, raise max_nan_frac."
             )
+
+
+def made_up_samples(kind: MediaKind, count: int = 2) -> list[Sample]:
+    """Noise with a prompt, one group; drawn from a generator of its own, so that a run's noise stays what it was."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 64, 64) if kind == "image" else (4, 3, 64, 64)
+    return [
+        Sample(media=torch.rand(shape, generator=generator), prompt='a sign that says "hello"', fps=8.0)
+        for _ in range(count)
+    ]
 
 
 def _mean(looks: Sequence[Scores]) -> Scores:

@@ -1,11 +1,13 @@
 """The verifiable reward of the built-in world: what GenEval (arXiv:2310.11513) asks, checked on coloured shapes.
 
     grammar     Spec <-> prompt, six categories
-    geometry    coverage(): the anti-aliased outline of every shape; the renderer of `flowrl.shapes` draws with the same one
-    detector    detect(): colour segmentation, connected components, template matching
+    geometry    coverage(): the anti-aliased outline of every shape; `flowrl.shapes` draws with the same one
+    detector    detect(): colour segmentation, connected components, template matching, what is left unexplained
     judge       judge(): strict 0/1, dense partial credit
+    reward      Shapes: the above for samples
 
-Symbols: N images, K object slots, S image side in pixels; coordinates are pixels, x to the right, y downwards.
+Symbols: N images, B blobs of all of them, M = MAX_BLOBS blob slots an image, K asked objects, S image side, C window
+side; coordinates are pixels, x to the right, y downwards; the centre of the first pixel is at 0.5.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ _OUTLINES = {
 
 
 def _signed_distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
-    """Distance in pixels to the outline of `shape`, negative inside; exact next to an edge, which is all that is drawn."""
+    """Distance in pixels to the outline of `shape`, negative inside; exact next to an edge, all that is drawn."""
     rho = torch.hypot(dx, dy)
     if shape == "circle":
         return rho - radius
@@ -117,7 +119,7 @@ def _signed_distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tens
 def coverage(shape: Tensor, xy: Tensor, radius: Tensor, size: int = SIZE) -> Tensor:
     """How much of each pixel each object covers, in [0, 1], with one pixel of anti-aliasing.
 
-    shape [...] index into SHAPES (-1 = absent: covers nothing); xy [..., 2] centre in pixels; radius [...] -> [..., S, S].
+    shape [...] index into SHAPES (-1 = absent: covers nothing); xy [..., 2], radius [...] in pixels -> [..., S, S].
     """
     axis = torch.arange(size, dtype=torch.float32, device=xy.device) + 0.5
     dx = axis - xy[..., 0, None, None]
@@ -136,16 +138,18 @@ def coverage(shape: Tensor, xy: Tensor, radius: Tensor, size: int = SIZE) -> Ten
 MAX_BLOBS = 8
 MIN_AREA = 24  # pixels, a seventh of the smallest object drawn; what is smaller is dirt, not an object
 TINT_ALLOWED = 0.06  # an object's flat colour may lie this far from its palette entry (per channel); the rest is dirt
-_WINDOW = 40  # pixels, the side of the square in which a blob meets its templates; the largest object is 30 wide
+_WINDOW = 36  # pixels, the side of the square in which a blob meets its templates; the largest object is 30 wide
+_CHUNK = 64  # pictures at once: what they need stays in the cache
 
 
 class Detections(NamedTuple):
-    """What is in N pictures: at most M = MAX_BLOBS objects each, the largest first; empty slots have valid = False.
+    """What is in N pictures: at most M objects each, the largest first; empty slots have valid = False, shape = -1.
 
     shape, color [N,M] index of the best match; iou [N,M,4] overlap with the fitted template of every shape; color_error
     [N,M,5] RGB distance of the mean colour from every palette entry; xy [N,M,2] centre and radius [N,M] in pixels;
-    num [N] objects in the picture, also those beyond M; fill, background [N] RMS in RGB units of what a redrawn scene
-    leaves unexplained inside and outside of the objects; finite [N] False where the picture holds NaN or infinity.
+    rgb [N,M,3] the flat colour it is redrawn in; num [N] objects in the picture, also those beyond M; fill, background
+    [N] RMS in RGB units of what the redrawn scene leaves unexplained inside and outside of the objects; finite [N]
+    False where the picture holds NaN or infinity.
     """
 
     shape: Tensor
@@ -154,6 +158,7 @@ class Detections(NamedTuple):
     color_error: Tensor
     xy: Tensor
     radius: Tensor
+    rgb: Tensor
     valid: Tensor
     num: Tensor
     fill: Tensor
@@ -162,15 +167,16 @@ class Detections(NamedTuple):
 
     @property
     def residual(self) -> Tensor:
-        """[N] the dirt of a picture: the worse of fill and background, so that neither is diluted by the other's area."""
+        """[N] the dirt of a picture: the worse of fill and background, lest one be diluted by the other's area."""
         return torch.maximum(self.fill, self.background)
 
 
 class _Blobs(NamedTuple):
     """B connected regions of N pictures.
 
-    image, rank among the image's blobs by area, hue (palette index) [B]; area [B] and centre xy [B,2] in pixels; rgb [B,3]
-    mean colour; corner [B,2] (x, y) of its window; mask [B,C,C] its pixels in the window.
+    image, rank among the image's blobs by area, hue (palette index) [B]; area [B] and centre xy [B,2] in pixels, to a
+    fraction of one; rgb [B,3] mean colour; corner [B,2] (x, y) of its window; mask [B,C,C] its pixels in the window, size
+    [B] their number in the whole picture; seen [B,C,C,3] the picture in the window.
     """
 
     image: Tensor
@@ -181,19 +187,32 @@ class _Blobs(NamedTuple):
     rgb: Tensor
     corner: Tensor
     mask: Tensor
+    size: Tensor
+    seen: Tensor
 
 
+@torch.no_grad()
 def detect(images: Tensor) -> Detections:
     """The objects of pictures [N,3,96,96] in [0,1]: nearest palette hue, connected components, best template by IoU."""
-    finite = images.isfinite().flatten(1).all(1)
-    pixels = torch.where(finite[:, None, None, None], images, BACKGROUND).float().clamp(0, 1)
+    if images.shape[1:] != (3, SIZE, SIZE):
+        raise ValueError(f"detect reads pictures [N,3,{SIZE},{SIZE}], not {list(images.shape)}; resize() makes them so")
+    chunks = [_detect(chunk) for chunk in torch.split(images, _CHUNK)]
+    return Detections(*(torch.cat(field) for field in zip(*chunks, strict=True)))
+
+
+def _detect(images: Tensor) -> Detections:
+    pixels = images.float()
+    finite = pixels.sum((1, 2, 3)).isfinite()  # one NaN or infinity is enough to spoil the sum
+    if not finite.all():
+        pixels = torch.where(finite[:, None, None, None], pixels, BACKGROUND)
+    pixels = pixels.clamp(0, 1)
     palette = torch.tensor(list(COLORS.values()), device=pixels.device)
     squares = (pixels - BACKGROUND).square().sum(1)  # [N,S,S] squared distance from the plain background
     pixels = pixels.movedim(1, -1)
     blobs, num = _segment(pixels, squares, palette)
     iou, shape, radius, cover = _match(blobs)
-    tint = (blobs.rgb - palette[blobs.hue]).clamp(-TINT_ALLOWED, TINT_ALLOWED)
-    fill, background = _residual(pixels, squares, blobs, cover, palette[blobs.hue] + tint)
+    flat = palette[blobs.hue] + (blobs.rgb - palette[blobs.hue]).clamp(-TINT_ALLOWED, TINT_ALLOWED)
+    fill, background = _residual(pixels, squares, blobs, cover, flat)
 
     def table(values: Tensor, empty: float) -> Tensor:
         out = torch.full((len(images), MAX_BLOBS, *values.shape[1:]), empty, dtype=values.dtype, device=values.device)
@@ -206,7 +225,8 @@ def detect(images: Tensor) -> Detections:
         iou=table(iou, 0.0),
         color_error=table((blobs.rgb[:, None] - palette).norm(dim=-1), math.inf),
         xy=table(blobs.xy, 0.0),
-        radius=table(radius, 0.0),
+        radius=table(radius, 1.0),
+        rgb=table(flat, 0.0),
         valid=table(torch.ones_like(blobs.image, dtype=torch.bool), False),
         num=num,
         fill=fill,
@@ -245,7 +265,7 @@ def _segment(pixels: Tensor, squares: Tensor, palette: Tensor) -> tuple[_Blobs, 
     inside = torch.bincount(torch.cat([a, b]), minlength=spots) == 4  # all neighbours are its own: not on the soft rim
     inside |= torch.bincount(label[inside], minlength=spots)[label] == 0  # a blob so thin that it is all rim
     (root,) = (size >= MIN_AREA).nonzero(as_tuple=True)
-    root = root[torch.argsort(image[root] * 2 * side**2 - size[root])]  # by image, then the largest first
+    root = root[torch.argsort(image[root] * 2 * side**2 - size[root], stable=True)]  # by image, then the largest first
     num = torch.bincount(image[root], minlength=n)
     rank = torch.arange(len(root), device=num.device) - (num.cumsum(0) - num)[image[root]]
     root, rank = root[rank < MAX_BLOBS], rank[rank < MAX_BLOBS]
@@ -258,13 +278,31 @@ def _segment(pixels: Tensor, squares: Tensor, palette: Tensor) -> tuple[_Blobs, 
     xy = torch.stack([mean(x + 0.5, everywhere), mean(y + 0.5, everywhere)], -1)
     color = torch.stack([mean(channel, inside) for channel in rgb.unbind(1)], -1)
     corner = (xy.round().long() - _WINDOW // 2).clamp(0, side - _WINDOW)
-    owner = torch.where(node >= 0, label[node], -1) if spots else node
-    mask = owner[_place(image[root], corner)] == root[:, None, None]
-    return _Blobs(image[root], rank, hue[root], size[root].float(), xy, color, corner, mask), num
+    near = node[_place(image[root], corner)]
+    mask = (near >= 0) & (label[near] == root[:, None, None])
+    seen = pixels[_place(image[root], corner)]
+    area, xy = _refine(seen, mask, near >= 0, color, size[root].float(), xy - corner)
+    return _Blobs(image[root], rank, hue[root], area, xy + corner, color, corner, mask, size[root].float(), seen), num
+
+
+def _refine(seen: Tensor, mask: Tensor, taken: Tensor, rgb: Tensor, area: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
+    """Area [B] and centre [B,2] to a fraction of a pixel: how much of the rim pixels each blob covers shows in their colour."""
+    direction = rgb - BACKGROUND
+    direction = direction / direction.square().sum(1, keepdim=True)
+    covered = ((seen - BACKGROUND) @ direction[:, :, None])[..., 0] if False else (
+        (seen - BACKGROUND) * direction[:, None, None]
+    ).sum(-1)
+    reach = _dilate(mask.float()) * (mask | ~taken)
+    covered = covered.clamp(0, 1) * reach
+    total = covered.sum((1, 2))
+    axis = torch.arange(_WINDOW, device=seen.device) + 0.5
+    centre = torch.stack([covered.sum(1) @ axis, covered.sum(2) @ axis], -1) / total[:, None]
+    whole = mask.sum((1, 2)) == area  # not of a blob that overflows the window
+    return torch.where(whole, total, area), torch.where(whole[:, None], centre, xy)
 
 
 def _connect(count: int, a: Tensor, b: Tensor) -> Tensor:
-    """Component label of `count` nodes with edges a[i] - b[i]: hook roots to the larger label, halve the paths, repeat."""
+    """Component label of `count` nodes with edges a[i] - b[i]: hook roots to larger labels, halve the paths, repeat."""
     label = torch.arange(count, device=a.device)
     while True:
         at, bt = label[a], label[b]
@@ -290,7 +328,7 @@ def _match(blobs: _Blobs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cover = coverage(kinds, centre, radius, _WINDOW)
     common = (blobs.mask[:, None] & (cover >= 0.5)).sum((-2, -1))
     # areas are those of the whole picture, so that a blob that fills its window does not match a giant shape
-    iou = common / (2 * blobs.area[:, None] - common)
+    iou = common / (blobs.size[:, None] + blobs.area[:, None] - common)
     shape = iou.argmax(1)
     each = torch.arange(len(shape), device=shape.device)
     return iou, shape, radius[each, shape], cover[each, shape]
@@ -321,13 +359,14 @@ def _residual(pixels: Tensor, squares: Tensor, blobs: _Blobs, cover: Tensor, rgb
         low[place] = torch.minimum(below.lerp(flat, least[at]), below.lerp(flat, most[at]))
         high[place] = torch.maximum(above.lerp(flat, least[at]), above.lerp(flat, most[at]))
         inside[place] = torch.maximum(inside[place], (cover[at] >= 0.5).float())
-    for _, place in places:  # outside of all windows the redrawn scene is plain background
-        seen = pixels[place]
+    for at, place in places:  # outside of all windows the redrawn scene is plain background
+        seen = blobs.seen[at]
         squares[place] = (seen - seen.clamp(low[place], high[place])).square().sum(-1)
     covered = inside.sum((1, 2))
     within = (squares * inside).sum((1, 2))
     fill = within / (3 * covered).clamp(min=1)
-    background = (squares.sum((1, 2)) - within).clamp(min=0) / (3 * (squares[0].numel() - covered)).clamp(min=1)
+    without = (squares.sum((1, 2)) - within).clamp(min=0)
+    background = without / (3 * (SIZE**2 - covered)).clamp(min=1)
     return fill.sqrt(), background.sqrt()
 
 
@@ -354,9 +393,9 @@ class Level:
     residual: float
 
 
-LEVELS = {"default": Level(0.80, 0.25, 0.12), "stricter": Level(0.90, 0.12, 0.07)}
-CLEAN = 0.02  # residual up to which a picture is perfectly clean
-DIRT_SCALE = 0.06  # every such amount of residual above it divides the cleanliness by e
+LEVELS = {"default": Level(0.80, 0.25, 0.10), "stricter": Level(0.86, 0.12, 0.05)}
+CLEAN = 0.025  # residual up to which a picture is perfectly clean: what the world's own small autoencoder leaves
+DIRT_SCALE = 0.05  # every such amount of residual above it divides the cleanliness by e
 COS_SIDE = math.cos(math.pi / 4)  # "left of" = within 45 degrees of exactly to the left
 
 
@@ -378,9 +417,9 @@ class Verdict(NamedTuple):
 def judge(found: Detections, specs: Sequence[Spec], level: str = "default", clean: float = 0.5) -> Verdict:
     """Whether pictures show exactly what N specs ask: every object, count, colour and relation, nothing else, no dirt.
 
-    soft = objects * precision * (1 + relation) / 2 * (1 - clean + clean * cleanliness). It is the dense GenEval reward
-    1 - |n - n*| / n* (Flow-GRPO, arXiv:2505.05470, app. B.1) when objects are missing; when there are too many the factor is n* / n,
-    which is not yet 0 at the first extra one. It reaches 1 only where strict does.
+    soft = objects * precision * (1 + relation) / 2 * (1 - clean + clean * cleanliness). Where objects are missing it is
+    the dense reward 1 - |n - n*| / n* (Flow-GRPO, arXiv:2505.05470); where there are too many the factor is n* / n,
+    which is not yet 0 at the first extra one. With clean > 0 it reaches 1 only where strict does too.
     """
     limits = LEVELS[level]
     device = found.num.device
@@ -390,9 +429,9 @@ def judge(found: Detections, specs: Sequence[Spec], level: str = "default", clea
     for count in set(asked.tolist()):
         at = [i for i, w in enumerate(wanted) if len(w) == count]
         rows = torch.tensor(at, device=device)
-        right[rows], credit[rows], relation[rows] = _assign(
-            Detections(*(field[rows] for field in found)), [wanted[i] for i in at], [specs[i].relation for i in at], limits
-        )
+        these = Detections(*(field[rows] for field in found))
+        relations = [specs[i].relation for i in at]
+        right[rows], credit[rows], relation[rows] = _assign(these, [wanted[i] for i in at], relations, limits)
     tidy = torch.exp(-(found.residual - CLEAN).clamp(min=0) / DIRT_SCALE)
     precision = asked / torch.maximum(found.num, asked)
     strict = (right == 1) & (relation == 1) & (found.num == asked) & (found.residual <= limits.residual)
@@ -404,11 +443,11 @@ def judge(found: Detections, specs: Sequence[Spec], level: str = "default", clea
 def _assign(
     found: Detections, wanted: list[list[Thing]], relations: list[str | None], limits: Level
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best one-to-one assignment of K asked objects to blobs, [n] each: all right (0/1), mean credit, relation credit."""
+    """The best one-to-one assignment of K asked objects to blobs [n]: all right (0/1), mean credit, relation credit."""
     device = found.num.device
+    names = [None, *COLORS]
     shape = torch.tensor([[SHAPES.index(t.shape) for t in things] for things in wanted], device=device)
-    names = list(COLORS)
-    color = torch.tensor([[names.index(t.color) if t.color else -1 for t in things] for things in wanted], device=device)
+    color = torch.tensor([[names.index(t.color) - 1 for t in things] for things in wanted], device=device)
     right, credit = _affinity(found, shape, color, limits)  # [n,K,M]
 
     count = shape.shape[1]
@@ -417,15 +456,16 @@ def _assign(
     all_right = right[:, slots, choices].all(-1)  # [n,P]
     mean_credit = credit[:, slots, choices].mean(-1)
     side = torch.ones_like(mean_credit)
-    if count == 2 and any(relations):
+    if any(relations):
         toward = torch.tensor([RELATIONS[r] if r else (0, 0) for r in relations], device=device, dtype=torch.float32)
+        asked = toward.any(1, keepdim=True)
         step = found.xy[:, choices[:, 0]] - found.xy[:, choices[:, 1]]
         cos = (step * toward[:, None]).sum(-1) / step.norm(dim=-1).clamp(min=1e-6)
         both = found.valid[:, choices].all(-1)
-        asked = torch.tensor([r is not None for r in relations], device=device)
-        side = torch.where(asked[:, None], torch.where(both, ((1 + cos) / (1 + COS_SIDE)).clamp(max=1), 0.0), 1.0)
+        side = torch.where(asked, torch.where(both, ((1 + cos) / (1 + COS_SIDE)).clamp(max=1), 0.0), 1.0)
     best = (mean_credit * (1 + side) + all_right).argmax(1, keepdim=True)  # a right assignment wins over all others
-    return tuple(t.gather(1, best)[:, 0].float() for t in (all_right, mean_credit, side))  # type: ignore[return-value]
+    all_right, mean_credit, side = (t.gather(1, best)[:, 0].float() for t in (all_right, mean_credit, side))
+    return all_right, mean_credit, side
 
 
 def _affinity(found: Detections, shape: Tensor, color: Tensor, limits: Level) -> tuple[Tensor, Tensor]:

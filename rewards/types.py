@@ -6,6 +6,7 @@ A reward is any object with `score(samples)`, or a plain function. It may *decla
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
@@ -32,8 +33,8 @@ class Sample:
     Example: `Sample(media=torch.rand(3, 64, 64), prompt='a sign that says "open"', group=2, meta={"text": "open"})`
     """
 
-    media: Tensor
-    """[3, H, W] image or [F, 3, H, W] video, RGB, float in [0, 1]; may require grad."""
+    media: Tensor = field(repr=False)
+    """[3, H, W] image or [F, 3, H, W] video, RGB, float in [0, 1]; from the hub fp32 and on the reward's device."""
     prompt: str = ""
     group: int = 0
     """Samples of one group answer the same prompt and are compared with each other."""
@@ -137,15 +138,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def declare(**traits: Any) -> Callable[[F], F]:
-    """Declare a function's traits, e.g. `@declare(needs=("text",), range=(0, 1))`; a class simply sets attributes."""
+    """Mark a function as a reward and declare its traits: `@declare(needs=("text",), range=(0, 1))`.
+
+    A class sets attributes instead, and is known by its `score`. A function given as an object or by its path needs no
+    mark: only a module's functions that are to be found by a name do.
+    """
     checked = Traits(**traits)
 
     def mark(function: F) -> F:
         for key in traits:
             setattr(function, key, getattr(checked, key))
+        function.__reward__ = True  # type: ignore[attr-defined]
         return function
 
     return mark
+
+
+def is_declared(function: object) -> bool:
+    """Whether a function was marked as a reward."""
+    return inspect.isfunction(function) and hasattr(function, "__reward__")
 
 
 def no_verdict(count: int) -> Tensor:

@@ -79,6 +79,10 @@ def rollout(
     stored nor given a log-prob. Raises ValueError when a stochastic step would add no noise.
     """
     etas = _per_step(eta, plan)
+    if not len(x_init) == len(prompt) == len(group):
+        raise ValueError(
+            f"give one prompt and one group per root: {len(x_init)} roots, {len(prompt)} prompts, {len(group)} groups."
+        )
     if plan.num_stochastic and (kernel is None or noise is None):
         raise ValueError("this plan has stochastic steps, which need a kernel (say flow_sde) and a noise source.")
     evaluate = _Counted(velocity, prompt.to(x_init.device), micro_batch)

@@ -50,7 +50,7 @@ def group_advantages(
     unbiased: bool = False,
     clip: float | None = None,
 ) -> Advantages:
-    """A = (r - mean of the group) / (std + eps) for rewards and group numbers [B] (GRPO, arXiv:2402.03300, eq. 2).
+    """A = (r - mean of the group) / (std + eps) for rewards and group numbers [B] (GRPO, arXiv:2402.03300).
 
     `std` is taken over the group, over all samples around their common mean ("global"), or left out ("none", Dr.GRPO,
     arXiv:2503.20783). A group is dead, with A = 0, when it has fewer than two verdicts or when
@@ -102,11 +102,10 @@ def _scale(std: StdMode, eps: float, r: Tensor, group_std: Tensor, unbiased: boo
     if std == "none":
         return r.new_ones(())
     if std == "group":
-        # 1 where eps = 0 meets a std of 0: that group is dead, and 0 / 0 would be NaN.
         scale = group_std + eps
-        return torch.where(scale > 0, scale, 1.0)
-    if std == "global":
-        everyone = torch.zeros(len(r), dtype=torch.long, device=r.device)
-        scale = _statistics(r, everyone, 1, unbiased)[1][0] + eps
-        return torch.where(scale > 0, scale, 1.0)
-    raise ValueError(f"unknown std mode {std!r}; choose group, global or none.")
+    elif std == "global":
+        scale = _statistics(r, torch.zeros_like(r, dtype=torch.long), 1, unbiased)[1] + eps
+    else:
+        raise ValueError(f"unknown std mode {std!r}; choose group, global or none.")
+    # Where eps = 0 meets a std of 0 the group is dead, but 0 / 0 would be NaN.
+    return torch.where(scale > 0, scale, 1.0)

@@ -1,19 +1,16 @@
 """From edges to one number, so that neither micro-batches nor processes change the gradient of an optimiser update.
 
-The convention: an algorithm's `Loss.value` is the mean over the edges it was given, and whoever cuts an update's N edges
-into micro-batches multiplies each value by `micro_batch_weight`, its share n / N, before `backward()`. The sum is the
-mean over the N edges, whatever the cut. The denominator counts every edge of the update, those with advantage 0 too.
+The convention: an algorithm's `Loss.value` is the mean over the edges it was given. Whoever cuts an update's N edges
+into micro-batches (and processes) multiplies each value by its share n / N before `backward()` and adds the gradients
+up; the sum is that of the mean over the N edges, whatever the cut. N counts every edge of the update, those with
+advantage 0 too. Edges that lead only to samples without a verdict should leave the table before it is cut:
+`trajectory.keep_leaves(~rewards.isnan())`.
 """
 
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-
-
-def edge_mean(value: Tensor) -> Tensor:
-    """Mean over the edges [E]; 0, still attached to the graph, when there are none."""
-    return value.sum() / max(len(value), 1)
 
 
 def masked_mean(value: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -26,14 +23,6 @@ def masked_mean(value: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     if dim is None:
         return kept.sum() / mask.sum().clamp(min=1)
     return kept.sum(dim) / mask.sum(dim).clamp(min=1)
-
-
-def micro_batch_weight(num_edges: int, num_edges_in_update: int, num_processes: int = 1) -> float:
-    """What to multiply a micro-batch's mean loss by: its share of the update's edges on all processes.
-
-    Engines average gradients over processes, so the share is taken times their number.
-    """
-    return num_edges * num_processes / num_edges_in_update
 
 
 def merge_metrics(parts: Sequence[Mapping[str, Tensor]], num_edges: Sequence[int]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Hyperparameters that methods share: each one's type, check and description, written once.
 
-Use them as annotations, `clip_range: ClipRange = 1e-4`; the default is the paper's and stays in the method's file.
+Use them as annotations, `clip_range: fields.ClipRange = 1e-4`; the default is the paper's, in the method's own file.
 """
 
 from typing import Annotated, Literal
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 import samplers
 from flowrl.algorithms.advantages import StdMode
-from flowrl.algorithms.kl import KLForm
+from flowrl.algorithms.kl import KLForm as KLFormName
 from samplers import Kernel
 
 SDEName = Literal["flow_sde", "dance_sde", "wan_sde", "cps", "ddim"]
@@ -71,12 +71,19 @@ def _not_negative(value: float) -> float:
     return value
 
 
+def _at_least_one(value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{value} must be at least 1.")
+    return value
+
+
 def _stretch(shift: float | None) -> float | None:
     if shift is not None and not 0 < shift < float("inf"):
         raise ValueError(f"shift={shift:g} does not give a falling time grid; 1 leaves it linear, SD3 uses 3.")
     return shift
 
 
+Count = Annotated[int, AfterValidator(_at_least_one)]
 NumSteps = Annotated[
     int,
     AfterValidator(_at_least_two),
@@ -106,8 +113,8 @@ KLCoef = Annotated[
     AfterValidator(_not_negative),
     Field(description="Weight of the distance to the initial weights; 0 saves the reference forward."),
 ]
-KLFormName = Annotated[
-    KLForm,
+KLForm = Annotated[
+    KLFormName,
     Field(description="Form of that distance (see flowrl.algorithms.kl); a coefficient does not carry over."),
 ]
 SharedNoise = Annotated[

@@ -16,22 +16,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowrl.algorithms.fields import (
-    SDE,
-    AdvClip,
-    AdvEps,
-    AdvStd,
-    ClipRange,
-    Eta,
-    KLCoef,
-    KLFormName,
-    NumSteps,
-    SharedNoise,
-    Shift,
-    Unbiased,
-    check_eta,
-    resolve_kernel,
-)
+from flowrl.algorithms import fields
 from flowrl.algorithms.policy_gradient import clipped_policy_gradient, group_credit
 from flowrl.algorithms.schedule import check_group_size, share_noise, training_times
 from flowrl.types import Batch, Hyperparameters, Loss, Needs, Policy
@@ -46,29 +31,27 @@ class FlowGRPO(Hyperparameters):
     Note: the paper divides by the std of the group, its code (and this default) by that of the whole batch.
     """
 
-    num_steps: NumSteps = 10
-    shift: Shift = None
-    sde: SDE = "flow_sde"
-    eta: Eta = 0.7
-    window: Annotated[int | None, Field(description="Stochastic steps of Flow-GRPO-Fast; null: all but the last.")] = (
-        None
-    )
+    num_steps: fields.NumSteps = 10
+    shift: fields.Shift = None
+    sde: fields.SDE = "flow_sde"
+    eta: fields.Eta = 0.7
+    window: Annotated[int | None, Field(description="Stochastic steps of Flow-GRPO-Fast; null: all but last.")] = None
     window_range: Annotated[
         tuple[int, int] | None,
         Field(description="Steps [low, high) in which the window lies; null: the first half of the steps."),
     ] = None
-    shared_noise: SharedNoise = False
-    clip_range: ClipRange = 1e-4
-    adv_std: AdvStd = "global"
-    adv_eps: AdvEps = 1e-4
-    adv_clip: AdvClip = 5.0
-    unbiased: Unbiased = False
-    kl_coef: KLCoef = 0.04
-    kl_form: KLFormName = "flow_grpo"
+    shared_noise: fields.SharedNoise = False
+    clip_range: fields.ClipRange = 1e-4
+    adv_std: fields.AdvStd = "global"
+    adv_eps: fields.AdvEps = 1e-4
+    adv_clip: fields.AdvClip = 5.0
+    unbiased: fields.Unbiased = False
+    kl_coef: fields.KLCoef = 0.04
+    kl_form: fields.KLForm = "flow_grpo"
 
     @model_validator(mode="after")
     def _possible(self) -> "FlowGRPO":
-        check_eta(self.sde, self.eta)
+        fields.check_eta(self.sde, self.eta)
         if self.window is None:
             if self.window_range is not None:
                 raise ValueError("window_range says where a window may lie, but window is null; set window, say 2.")
@@ -76,8 +59,8 @@ class FlowGRPO(Hyperparameters):
         low, high = self._range
         if not (self.window >= 1 and low >= 0 and low + self.window <= high <= self.num_steps - 1):
             raise ValueError(
-                f"a window of {self.window} steps does not fit into steps [{low}, {high}) of num_steps={self.num_steps}; "
-                "it needs at least one step, and the last step is always an ODE step: make the window smaller, "
+                f"a window of {self.window} steps does not fit steps [{low}, {high}) of {self.num_steps}: it holds "
+                "at least one, and the last step always follows the ODE; make the window smaller, "
                 f"window_range wider (at most [0, {self.num_steps - 1}]) or num_steps larger."
             )
         return self
@@ -94,15 +77,11 @@ class FlowGRPO(Hyperparameters):
     @property
     def kernel(self) -> Kernel:
         """The step named by `sde`."""
-        return resolve_kernel(self.sde)
-
-    def check(self, samples_per_prompt: int) -> None:
-        """Refuse groups of one."""
-        check_group_size(samples_per_prompt)
+        return fields.resolve_kernel(self.sde)
 
     def plan(self, times: Tensor, iteration: int, samples_per_prompt: int, seed: int) -> Plan:
         """All steps but the last, or a random window that is the same for everyone in this iteration."""
-        self.check(samples_per_prompt)
+        check_group_size(samples_per_prompt)
         grid = training_times(times, self.num_steps, self.shift)
         low, high = self._range
         plan = (
@@ -113,11 +92,11 @@ class FlowGRPO(Hyperparameters):
         return share_noise(plan, samples_per_prompt) if self.shared_noise else plan
 
     def credit(self, batch: Batch) -> Tensor:
-        """Every edge of a sample gets the sample's advantage (eq. 4)."""
+        """Every edge of a sample gets the sample's advantage."""
         return group_credit(batch, std=self.adv_std, eps=self.adv_eps, unbiased=self.unbiased, clip=self.adv_clip)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        """Clipped ratio of the stored steps plus beta times the KL to the initial weights (eq. 5)."""
+        """Clipped ratio of the stored steps plus beta times the KL to the initial weights."""
         return clipped_policy_gradient(
             policy,
             batch,

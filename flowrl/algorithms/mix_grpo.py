@@ -15,28 +15,11 @@ from typing import Annotated
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowrl.algorithms.fields import (
-    SDE,
-    AdvClip,
-    AdvEps,
-    AdvStd,
-    ClipRange,
-    Eta,
-    KLCoef,
-    KLFormName,
-    NumSteps,
-    SharedNoise,
-    Shift,
-    Unbiased,
-    check_eta,
-    resolve_kernel,
-)
+from flowrl.algorithms import fields
 from flowrl.algorithms.policy_gradient import clipped_policy_gradient, group_credit
 from flowrl.algorithms.schedule import check_group_size, share_noise, training_times
 from flowrl.types import Batch, Hyperparameters, Loss, Needs, Policy
 from samplers import Kernel, Plan, Solver, Strategy, sliding_window
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class MixGRPO(Hyperparameters):
@@ -47,34 +30,32 @@ class MixGRPO(Hyperparameters):
     Note: exp_decay starts at step 13 of 25 in the public code; here at the same share of any num_steps.
     """
 
-    num_steps: NumSteps = 25
-    shift: Shift = None
-    sde: SDE = "flow_sde"
-    eta: Eta = 0.7
-    window: Annotated[Count, Field(description="Stochastic, trained steps w of an iteration.")] = 4
-    stride: Annotated[Count, Field(description="Steps s by which the window moves on.")] = 1
-    shift_every: Annotated[Count, Field(description="Iterations tau at one place (for decay: at the first).")] = 25
-    strategy: Annotated[Strategy, Field(description="How the window moves; decay leaves late steps sooner.")] = (
-        "progressive"
-    )
+    num_steps: fields.NumSteps = 25
+    shift: fields.Shift = None
+    sde: fields.SDE = "flow_sde"
+    eta: fields.Eta = 0.7
+    window: Annotated[fields.Count, Field(description="Stochastic, trained steps w of an iteration.")] = 4
+    stride: Annotated[fields.Count, Field(description="Steps s by which the window moves on.")] = 1
+    shift_every: Annotated[fields.Count, Field(description="Iterations tau at one place (decay: the first).")] = 25
+    strategy: Annotated[Strategy, Field(description="How it moves; decay leaves late steps sooner.")] = "progressive"
     roll_back: Annotated[bool, Field(description="From the last place go back to the first; else stay there.")] = True
     solver: Annotated[Solver, Field(description="Solver of the ODE steps.")] = "euler"
-    shared_noise: SharedNoise = True
-    clip_range: ClipRange = 1e-4
-    adv_std: AdvStd = "group"
-    adv_eps: AdvEps = 1e-8
-    adv_clip: AdvClip = 5.0
-    unbiased: Unbiased = True
-    kl_coef: KLCoef = 0.0
-    kl_form: KLFormName = "exact"
+    shared_noise: fields.SharedNoise = True
+    clip_range: fields.ClipRange = 1e-4
+    adv_std: fields.AdvStd = "group"
+    adv_eps: fields.AdvEps = 1e-8
+    adv_clip: fields.AdvClip = 5.0
+    unbiased: fields.Unbiased = True
+    kl_coef: fields.KLCoef = 0.0
+    kl_form: fields.KLForm = "exact"
 
     @model_validator(mode="after")
     def _possible(self) -> "MixGRPO":
-        check_eta(self.sde, self.eta)
+        fields.check_eta(self.sde, self.eta)
         if self.window > self.num_steps - 1:
             raise ValueError(
-                f"a window of {self.window} steps does not fit into num_steps={self.num_steps}, whose last step is always "
-                f"an ODE step; choose window <= {self.num_steps - 1} or more steps."
+                f"a window of {self.window} steps does not fit into num_steps={self.num_steps}, whose last step always "
+                f"follows the ODE; choose window <= {self.num_steps - 1}, or more steps."
             )
         return self
 
@@ -86,15 +67,11 @@ class MixGRPO(Hyperparameters):
     @property
     def kernel(self) -> Kernel:
         """The step named by `sde`."""
-        return resolve_kernel(self.sde)
-
-    def check(self, samples_per_prompt: int) -> None:
-        """Refuse groups of one."""
-        check_group_size(samples_per_prompt)
+        return fields.resolve_kernel(self.sde)
 
     def plan(self, times: Tensor, iteration: int, samples_per_prompt: int, seed: int) -> Plan:
         """The window's place is a function of the iteration."""
-        self.check(samples_per_prompt)
+        check_group_size(samples_per_prompt)
         plan = sliding_window(
             training_times(times, self.num_steps, self.shift),
             iteration,
@@ -114,7 +91,7 @@ class MixGRPO(Hyperparameters):
         return group_credit(batch, std=self.adv_std, eps=self.adv_eps, unbiased=self.unbiased, clip=self.adv_clip)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        """Clipped ratio of the window's steps (eq. 8), plus a KL to the initial weights where kl_coef asks for one."""
+        """Clipped ratio of the window's steps plus a KL to the initial weights where kl_coef asks for one."""
         return clipped_policy_gradient(
             policy,
             batch,

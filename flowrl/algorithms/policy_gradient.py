@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from flowrl.algorithms.advantages import StdMode, group_advantages, to_edges
-from flowrl.algorithms.aggregate import edge_mean
 from flowrl.algorithms.kl import KLForm, Step, step_kl
 from flowrl.algorithms.objectives import clipped
 from flowrl.types import Batch, Loss, Policy
@@ -59,9 +58,9 @@ def clipped_policy_gradient(
     metrics["adv_zero_frac"] = (batch.advantages == 0).float().mean()
     if weight is not None:
         loss = loss * weight
-    metrics["policy_loss"] = edge_mean(loss).detach()
+    metrics["policy_loss"] = loss.detach().mean()
     if kl_coef > 0:
         kl = reference_kl(policy, batch, kernel, eta, current, kl_form)
-        metrics["kl"] = edge_mean(kl).detach()
+        metrics["kl"] = kl.detach().mean()
         loss = loss + kl_coef * kl
-    return Loss(edge_mean(loss), metrics)
+    return Loss(loss.mean(), metrics)

@@ -1,4 +1,4 @@
-"""The parts of a plan that every method needs: its time grid, its group size, one root a group or one a sample."""
+"""The parts of a plan that methods share: the time grid, the group size, one root a group or one a sample."""
 
 from torch import Tensor
 

@@ -43,7 +43,7 @@ class Recipe:
     autoencoder_batch: int = 32
     latent_noise: float = 0.35
     """The decoder learns to undo Gaussian noise up to this standard deviation: small errors of the denoiser do not show."""
-    denoiser_steps: int = 14_000
+    denoiser_steps: int = 9_000
     denoiser_batch: int = 64
     caption_noise: float = 0.3
     """Share of captions in which one word is replaced by another of its kind."""

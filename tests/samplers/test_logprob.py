@@ -52,7 +52,7 @@ def test_a_step_without_noise_has_no_logprob():
     p, _, x_next = transitions()
     silent = p._replace(std=p.std * torch.tensor([1, 0, 1, 1.0])[:, None, None, None])
     for compute in (lambda: gaussian_logprob(x_next, silent), lambda: gaussian_kl(p, silent)):
-        with pytest.raises(ValueError, match="no log-prob.*Make it an ODE step"):
+        with pytest.raises(ValueError, match=r"no log-prob.*Make it an ODE step"):
             compute()
 
 

@@ -17,12 +17,12 @@ def solve(solver, num_steps, x):
     return result.x0
 
 
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 1.7), ("dpmpp_2m", 1.7)])
-def test_order_of_convergence_to_the_exact_flow(solver, order):
+@pytest.mark.parametrize("solver, order, error", [("euler", 0.9, 0.02), ("heun", 1.7, 5e-4), ("dpmpp_2m", 1.3, 2e-3)])
+def test_order_of_convergence_to_the_exact_flow(solver, order, error):
     """The flow maps quantile to quantile: x at t = 1 is N(0, 1), so x0 = 2 + x / 2."""
     x = torch.linspace(-2, 2, 9)[:, None]
     errors = [(solve(solver, n, x) - (2 + x / 2)).abs().max().item() for n in (20, 80)]
-    assert math.log(errors[0] / errors[1], 4) > order - 0.15
+    assert math.log(errors[0] / errors[1], 4) > order and errors[1] < error
 
 
 def test_heun_averages_the_slopes_at_both_ends():

@@ -1,0 +1,5 @@
+"""`python -m flowrl`, which torchrun needs."""
+
+from flowrl.cli import main
+
+main()

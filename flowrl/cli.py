@@ -1,0 +1,197 @@
+"""The command line. Nothing heavy is imported before a command runs: `flowrl --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fine-tune text-to-image and text-to-video models by RL.")
+config_app = typer.Typer(no_args_is_help=True, help="Look at configs without running them.")
+shapes_app = typer.Typer(no_args_is_help=True, help="The built-in world: its scenes and its base model.")
+app.add_typer(config_app, name="config")
+app.add_typer(shapes_app, name="shapes")
+console = Console()
+
+ConfigPath = Annotated[Path, typer.Argument(help="A YAML config, e.g. configs/quickstart.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it, e.g. seed=3 algorithm.clip_range=1e-4.")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one sentence, not in a traceback (FLOWRL_TRACEBACK=1 shows it)."""
+    try:
+        app()
+    except Exception as error:
+        if os.environ.get("FLOWRL_TRACEBACK") == "1" or not _is_for_people(error):
+            raise
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _is_for_people(error: Exception) -> bool:
+    """Errors of ours say what, where and how to mend it; anything else is a bug and keeps its traceback."""
+    return type(error).__module__.partition(".")[0] in ("flowrl", "rewards", "samplers") or isinstance(error, OSError)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the newest valid checkpoint of the output folder.")] = False,
+) -> None:
+    """Train. Ctrl-C finishes the iteration, saves and exits."""
+    from flowrl.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from flowrl.train import Trainer
+
+    trainer = Trainer(loaded, resume=resume)
+    if trainer.main:
+        _print_plan(trainer)
+    trainer.run()
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Show what a run would do and cost, without starting it."""
+    from flowrl.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from flowrl.models.pipeline import load
+    from flowrl.policy import Policy
+
+    algorithm = loaded.algorithm.build()
+    model = load(loaded.model.path, family=loaded.model.family)
+    policy = Policy(model, lora=loaded.model.lora and loaded.model.lora.model_dump())
+    height, width = loaded.model.height or model.height, loaded.model.width or model.width
+    times = model.times(algorithm.num_steps, height, width)
+    _print_lines(loaded, algorithm, times, policy.num_trainable, 1)
+
+
+@app.command("eval")
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    num_samples: Annotated[int | None, typer.Option(help="How many held-out samples; default as in the run.")] = None,
+    num_steps: Annotated[int | None, typer.Option(help="Denoising steps; default as in the run.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise; default as in the run.")] = None,
+    base: Annotated[bool, typer.Option(help="Evaluate the base model too, for comparison.")] = True,
+) -> None:
+    """Score a run's exported weights, and the base model, on the held-out prompts."""
+    from flowrl.standalone import evaluate_run
+
+    evaluate_run(run, num_samples=num_samples, num_steps=num_steps, seed=seed, with_base=base, console=console)
+
+
+@app.command()
+def sample(
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts, each in quotes.")],
+    model: Annotated[str, typer.Option(help="Built-in name, folder or hub id; default: that of --from, else shapes.")] = "",
+    from_: Annotated[Path | None, typer.Option("--from", help="A run, or its weights folder.")] = None,
+    count: Annotated[int, typer.Option(help="Samples a prompt.")] = 4,
+    num_steps: Annotated[int | None, typer.Option(help="Denoising steps; default: inference.json.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: inference.json.")] = None,
+    seed: int = 0,
+    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("sample.png"),
+) -> None:
+    """Draw prompts with a model, or with a run's weights on it, into one picture."""
+    from flowrl.standalone import sample_grid
+
+    sample_grid(
+        prompts, model=model, weights=from_, count=count, num_steps=num_steps, guidance=guidance, seed=seed, output=output
+    )
+    console.print(f"wrote {output}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder with a checkpoint.")],
+    output: Annotated[Path, typer.Option(help="Where the weights go.")],
+    averaged: Annotated[bool, typer.Option(help="The averaged weights, where the run keeps an average.")] = True,
+) -> None:
+    """Write the weights of a run's newest checkpoint in diffusers' format (a run that ended has them in weights/)."""
+    from flowrl.standalone import export_run
+
+    export_run(run, output, averaged=averaged)
+    console.print(f"wrote {output}")
+
+
+@config_app.command("check")
+def config_check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Say everything that is wrong with a config, or that nothing is."""
+    from flowrl.config import check
+
+    problems = check(config, overrides or [])
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise SystemExit(2)
+    console.print(f"{config}: ok")
+
+
+@config_app.command("show")
+def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print a config with its bases and overrides merged and every default filled in."""
+    from flowrl.config import dump, load_config
+
+    print(dump(load_config(config, overrides or [])), end="")
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices and extras: what to send with a bug report, and what to install for what is missing."""
+    from flowrl.standalone import diagnose
+
+    table = Table("what", "found", "advice")
+    for row in diagnose():
+        table.add_row(*row)
+    console.print(table)
+
+
+@shapes_app.command("pretrain")
+def shapes_pretrain(
+    output: Annotated[Path, typer.Option(help="Folder of the finished pipeline; run again to continue after a stop.")],
+    seed: int = 0,
+    steps: Annotated[int | None, typer.Option(help="Denoiser steps; default as for the shipped weights.")] = None,
+    autoencoder_steps: Annotated[int | None, typer.Option(help="Autoencoder steps.")] = None,
+    pool: Annotated[int | None, typer.Option(help="Scenes to render.")] = None,
+) -> None:
+    """Train the built-in base model from nothing (about an hour on two CPU cores); resumable."""
+    from flowrl.shapes.pretrain import Recipe, pretrain
+
+    given = {"denoiser_steps": steps, "autoencoder_steps": autoencoder_steps, "pool": pool}
+    pretrain(output, Recipe(seed=seed, **{k: v for k, v in given.items() if v is not None}))
+    console.print(f"wrote {output}; try: flowrl sample --model {output} 'a red circle'")
+
+
+@shapes_app.command("draw")
+def shapes_draw(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; default: some of each category.")] = None,
+    seed: int = 0,
+    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("scenes.png"),
+) -> None:
+    """Render true scenes of the built-in world (no model), to see what prompts ask for."""
+    from flowrl.standalone import draw_scenes
+
+    draw_scenes(prompts or [], seed, output)
+    console.print(f"wrote {output}")
+
+
+def _print_plan(trainer) -> None:  # type: ignore[no-untyped-def]
+    times = trainer.policy.model.times(trainer.algorithm.num_steps, trainer.geometry.height, trainer.geometry.width)
+    _print_lines(trainer.config, trainer.algorithm, times, trainer.policy.num_trainable, trainer.engine.world)
+
+
+def _print_lines(config, algorithm, times, trainable: int, world: int) -> None:  # type: ignore[no-untyped-def]
+    from flowrl.costs import describe
+
+    first = algorithm.plan(times, 0, config.data.samples_per_prompt, config.seed)
+    table = Table(title=config.name, show_header=False, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for line in describe(config, algorithm, first, trainable=trainable, world=world):
+        table.add_row(*line)
+    console.print(table)

@@ -1,0 +1,141 @@
+"""From prompts to scored samples: roll the policy out along a plan, decode, hand over to the rewards.
+
+Symbols: P prompts of this process, K samples each, R roots, B = P K samples (leaves).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl.policy import Policy
+from flowrl.types import Algorithm, Batch, Cond, Prompt, take
+from rewards import RewardHub, Sample
+from samplers import Plan, deterministic, noise_source, rollout
+
+
+@dataclass(kw_only=True)
+class Conditions:
+    """Conditions by prompt text, encoded once in a run: the text encoders are frozen, so they never change."""
+
+    encode: Callable[[Sequence[str]], Cond]
+    chunk: int = 256
+    known: dict[str, Cond] = field(default_factory=dict)
+
+    def __call__(self, texts: Sequence[str]) -> Cond:
+        """Conditions [P, ...] of the texts."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        for start in range(0, len(new), self.chunk):
+            part = new[start : start + self.chunk]
+            cond = self.encode(part)
+            self.known |= {text: {name: tensor[i] for name, tensor in cond.items()} for i, text in enumerate(part)}
+        rows = [self.known[text] for text in texts]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """What is generated and in which portions."""
+
+    height: int
+    width: int
+    frames: int = 1
+    rollout_batch: int | None = None
+    """Latents in one forward pass; None = all of one depth."""
+    decode_batch: int | None = None
+    """Media decoded at a time, rounded to whole groups, and handed to the rewards while the next are decoded; None = all."""
+
+
+def roll_out(
+    policy: Policy, algorithm: Algorithm, plan: Plan, prompts: Sequence[Prompt], slots: Sequence[int],
+    conditions: Conditions, geometry: Geometry, *, samples_per_prompt: int, iteration: int, seed: int,
+) -> Batch:  # fmt: skip
+    """The samples of these prompts, with the edges to train on.
+
+    `slots` are the prompts' places in the whole iteration's list: noise is keyed by them, so that a prompt's samples do
+    not depend on which process makes them, and equal prompts do not get equal noise.
+    """
+    roots_each = samples_per_prompt // plan.leaves_per_root
+    device = policy.device
+    prompt = torch.arange(len(prompts)).repeat_interleave(roots_each)
+    slot = torch.tensor(list(slots), dtype=torch.long)[prompt]
+    member = torch.arange(roots_each).repeat(len(prompts)) * plan.leaves_per_root
+    shape = policy.model.noise_shape(geometry.height, geometry.width, geometry.frames)
+    noise = noise_source(shape, seed=seed, iteration=iteration, prompt=slot, member=member, device=device)
+    root = torch.arange(len(prompt))
+    cond = conditions([p.text for p in prompts])
+
+    def velocity(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
+        return policy.velocity(x, t, take(cond, index))
+
+    with policy.role("rollout"):
+        trajectory = rollout(
+            velocity, noise(root, torch.zeros_like(root), -1), plan, algorithm.kernel, eta=algorithm.eta,
+            prompt=prompt, group=slot, noise=noise, micro_batch=geometry.rollout_batch,
+        )  # fmt: skip
+    return Batch(prompts=list(prompts), cond=cond, trajectory=trajectory, leaf_prompt=trajectory.leaf_prompt)
+
+
+def sample(
+    policy: Policy, prompts: Sequence[Prompt], slots: Sequence[int], conditions: Conditions, geometry: Geometry, *,
+    num_steps: int, seed: int, iteration: int = -1, batch: int = 150,
+) -> Tensor:  # fmt: skip
+    """One sample [N,F,3,H,W] a prompt along the model's own deterministic grid; noise keyed by (seed, iteration, slot)."""
+    media = []
+    plan = deterministic(policy.model.times(num_steps, geometry.height, geometry.width, geometry.frames))
+    shape = policy.model.noise_shape(geometry.height, geometry.width, geometry.frames)
+    for start in range(0, len(prompts), batch):
+        part = list(prompts[start : start + batch])
+        cond = conditions([p.text for p in part])
+        slot = torch.tensor(list(slots[start : start + batch]), dtype=torch.long)
+        index = torch.arange(len(part))
+        noise = noise_source(shape, seed=seed, iteration=iteration, prompt=slot, device=policy.device)
+
+        def velocity(x: Tensor, t: Tensor, i: Tensor, cond: Cond = cond) -> Tensor:
+            return policy.velocity(x, t, take(cond, i))
+
+        with policy.role("eval"):
+            x_init = noise(index, torch.zeros_like(index), -1)
+            done = rollout(velocity, x_init, plan, prompt=index, group=slot)
+        media.append(decode(policy, done.x0, geometry.decode_batch))
+    return torch.cat(media)
+
+
+@torch.no_grad()
+def decode(policy: Policy, x0: Tensor, batch: int | None) -> Tensor:
+    """Media [B,F,3,H,W] in [0,1] on the CPU, decoded in portions."""
+    return torch.cat([policy.model.decode(part).clamp(0, 1).float().cpu() for part in x0.split(batch or len(x0))])
+
+
+def samples_of(media: Tensor, prompts: Sequence[Prompt], index: Tensor, group: Tensor) -> list[Sample]:
+    """What the rewards see of media [B,F,3,H,W]: one frame is an image, several are a video."""
+    return [
+        Sample(media=clip[0] if len(clip) == 1 else clip, prompt=prompts[p].text, group=g, meta=prompts[p].metadata)
+        for clip, p, g in zip(media, index.tolist(), group.tolist(), strict=True)
+    ]
+
+
+def decode_and_submit(policy: Policy, batch: Batch, hub: RewardHub, geometry: Geometry) -> Any:
+    """Decode whole groups at a time; each is scored in the hub's lanes while the next is decoded. Returns the tickets."""
+    tickets, media = [], []
+    for leaves in _whole_groups(batch.trajectory.group, geometry.decode_batch or len(batch.trajectory.group)):
+        part = decode(policy, batch.trajectory.x0[leaves], geometry.decode_batch)
+        media.append(part)
+        group = batch.trajectory.group[leaves]
+        tickets.append(hub.submit(samples_of(part, batch.prompts, batch.leaf_prompt[leaves], group)))
+    batch.media = torch.cat(media)
+    return tickets
+
+
+def _whole_groups(group: Tensor, batch: int) -> Iterator[slice]:
+    """Slices of the leaves that do not cut a group (leaves of a group stand together), about `batch` long."""
+    ends = (torch.nonzero(group[1:] != group[:-1]).flatten() + 1).tolist() + [len(group)]
+    start = 0
+    for i, end in enumerate(ends):
+        if i == len(ends) - 1 or ends[i + 1] - start > batch:
+            yield slice(start, end)
+            start = end

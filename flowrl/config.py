@@ -1,0 +1,562 @@
+"""The config of a run: what may be set, what it means, and what is refused, before any weights are loaded.
+
+    config = load_config("configs/quickstart.yaml", ["optimizer.lr=1e-4"])
+    config.algorithm.build()          the algorithm's own record, from the rest of its section
+    [entry.entry() for entry in config.rewards]          what `rewards.RewardHub` reads
+
+Every section is frozen and refuses keys that it does not know. Importing this module does not import torch; checking a
+config does, because an algorithm is asked about its own section.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from flowrl.configerrors import explain
+from flowrl.configfile import ConfigError, Key, Source, dotted, dump_yaml, read_source
+from flowrl.resolve import ResolveError, check_name, nearest, resolve
+
+__all__ = [
+    "AlgorithmConfig", "Config", "ConfigError", "DataConfig", "EngineConfig", "EvaluationConfig", "GateConfig",
+    "LogConfig", "LoraConfig", "ModelConfig", "OptimizerConfig", "RewardEntry",
+    "check", "diff", "dump", "identity", "load_config", "make_config",
+]  # fmt: skip
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Natural = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
+NonNegative = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
+Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
+Word = Annotated[str, Field(min_length=1)]
+Pair = tuple[Number, Number]
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class LoraConfig(Section):
+    """Low-rank adapters instead of all weights; the frozen base then is the reference model too."""
+
+    rank: Count = 32
+    """Rank of the two factors; trainable parameters grow with it."""
+    alpha: Positive = 64
+    """The adapter is scaled by alpha / rank."""
+    targets: tuple[Word, ...] | None = None
+    """Names of the layers that get an adapter; null = the attention projections of the model family."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """First values of the down factor; the up factor starts at zero, so training starts at the base model."""
+
+
+class ModelConfig(Section):
+    """Which generator is trained, and at what size it generates."""
+
+    path: Word
+    """`shapes` (the built-in world), a folder in diffusers format, or a hub id such as owner/name."""
+    family: Word | None = None
+    """File in flowrl.models that knows the architecture (or ./file.py:Name); null = what model_index.json says."""
+    lora: LoraConfig | None = None
+    """null trains all weights."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the forward passes and of frozen weights; logprobs and latents are float32 always."""
+    train_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which trained weights are kept; in bfloat16 updates below 0.4 % of a weight vanish."""
+    guidance: Annotated[float, BeforeValidator(_no_bool), Field(ge=0)] = 1.0
+    """Classifier-free guidance in rollout, training and evaluation; 1 = off, anything else doubles the calls."""
+    height: Count | None = None
+    """Pixels; null = the model's own default."""
+    width: Count | None = None
+    """Pixels; null = the model's own default."""
+    frames: Count | None = None
+    """Frames of a video; null = the model's own default, 1 for an image model."""
+    max_sequence_length: Natural | None = None
+    """Tokens of a prompt; null = what the folder's inference.json says, else the pipeline's default."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: much less memory, about a third more time per trained step."""
+    rollout_micro_batch: Count | None = None
+    """Latents in one forward pass of a rollout; null = all of one step. Memory only, up to rounding."""
+    decode_micro_batch: Count | None = None
+    """Latents decoded at a time; null = as many as the rollout makes. Memory only, the result is the same."""
+
+
+def _norm(value: Any) -> Any:
+    """One message for a value that pydantic would describe once for each kind that it is not."""
+    if value is None or value in ("none", "rank", "unit"):
+        return value
+    kind, pair = next(iter(value.items())) if isinstance(value, Mapping) and len(value) == 1 else ("", ())
+    if isinstance(pair, list | tuple) and [type(x) in (int, float) for x in pair] == [True, True]:
+        if (kind == "unit" and pair[0] < pair[1]) or (kind == "affine" and pair[1] > 0):
+            return value
+    raise ValueError("should be none, rank, unit, {unit: [low, high]}, or {affine: [shift, scale]} with scale > 0")
+
+
+Norm = Annotated[Literal["none", "rank", "unit"] | dict[Literal["unit", "affine"], Pair] | None, BeforeValidator(_norm)]
+
+
+class GateConfig(Section):
+    """A condition instead of a summand."""
+
+    min: Number
+    """Raw score below which the total is cut."""
+    floor: Number = 0.0
+    """What a total is cut to; a gate never raises a total."""
+
+
+class RewardEntry(BaseModel):
+    """One reward and how it enters the total; every key that is not listed here is an option of the reward itself."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    use: Word
+    """Name in `rewards` (shapes, ocr, pixel.jpeg_size), package.module:attr, or ./file.py:attr."""
+    name: Word | None = None
+    """Key of its scores in logs; null = what `use` says. Needed when one reward is used twice."""
+    weight: Number = 1.0
+    """Factor in the total; 0 = computed and logged, not trained on."""
+    norm: Annotated[
+        Literal["none", "rank", "unit"] | dict[Literal["unit", "affine"], Pair] | None, BeforeValidator(_norm)
+    ] = None
+    """What happens to a score before its weight: none, rank, unit, {unit: [low, high]}, {affine: [shift, scale]}."""
+    gate: GateConfig | None = None
+    """{min, floor}: where the raw score is below `min`, the total is at most `floor`."""
+    on_error: Literal["nan", "raise"] = "nan"
+    """When it fails on a sample: no verdict (the sample is not trained on), or stop. Never 0."""
+    device: Word | None = None
+    """Where it runs, such as cuda:1 or cpu; null = where the run runs."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of its weights."""
+    batch_size: Count | None = None
+    """Samples scored at a time; null = all that come."""
+    frames: Count = 4
+    """How many frames of a video a reward for images sees."""
+    cache: Natural = 0
+    """Verdicts to remember, for rewards that are dear and deterministic."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the reward's constructor (or function) gets."""
+        return dict(self.model_extra or {})
+
+    def entry(self) -> dict[str, Any]:
+        """The entry as `rewards.RewardHub` reads it."""
+        return self.model_dump()
+
+
+class EvaluationConfig(Section):
+    """How often-compared figures are made: always the same prompts, noise and steps."""
+
+    num_samples: Count = 600
+    """Samples scored in one evaluation, spread evenly over the evaluation prompts."""
+    num_steps: Count = 20
+    """ODE steps of a sample; may be more than training takes."""
+    batch_size: Count = 100
+    """Samples generated at a time. Memory and speed only."""
+    grid_prompts: Natural = 8
+    """Rows of the picture grid; 0 = no grid."""
+    grid_samples: Count = 4
+    """Pictures in a row of the grid."""
+    seed: Natural = 0
+    """Seed of the evaluation's noise; apart from the run's, so that runs with other seeds can be compared."""
+    measures: tuple[Word, ...] = ()
+    """Numbers about the set of samples as a whole, as package.module:function or ./file.py:function."""
+
+
+def _prompts(value: Any) -> Any:
+    texts = isinstance(value, list | tuple) and value and all(isinstance(item, str) for item in value)
+    if texts or (isinstance(value, str) and value):
+        return value
+    raise ValueError("should be `shapes`, the name of a .txt or .jsonl file, or a list of texts")
+
+
+Prompts = Annotated[str | tuple[str, ...], BeforeValidator(_prompts)]
+
+
+class DataConfig(Section):
+    """Prompts, and how many samples an iteration makes of them, on however many devices."""
+
+    prompts: Prompts
+    """`shapes` (built in), a .txt file (one a line), a .jsonl file ({"prompt": ..., ...}), or a list."""
+    eval_prompts: Prompts | None = None
+    """Prompts of the evaluation, same forms; null = the held-out prompts of `shapes`, else the training prompts."""
+    prompts_per_iteration: Count = 12
+    """P: groups in one iteration, all devices together."""
+    samples_per_prompt: Count = 12
+    """K: samples of a group, compared with each other; 2 or more for a method with group advantages."""
+    balance: Word | None = None
+    """Metadata key, such as `category`, whose values every iteration covers evenly; null = plain shuffling."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Sizes of an evaluation."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule; an update is one optimiser step."""
+
+    lr: Positive = 1e-4
+    """Peak learning rate; LoRA usually wants 3 to 10 times that of full fine-tuning."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay, a share of lr per update."""
+    max_grad_norm: Positive | None = 1.0
+    """Gradients are scaled down to this norm; null = never."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after the warm-up, over all updates of the run."""
+    warmup: Natural = 0
+    """Updates over which the learning rate rises from 0."""
+    min_lr_ratio: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)] = 0.0
+    """Last learning rate as a share of lr; for linear and cosine."""
+    updates_per_iteration: Count = 1
+    """Optimiser steps made of one rollout; the first is on policy, the rest rely on the clipped ratio."""
+    micro_batch: Count | None = None
+    """Stored steps in one forward and backward pass; null = all of an update. Memory only, up to rounding."""
+    max_skipped: Natural = 3
+    """Optimiser steps in a row that may be left out because a gradient was not finite, before the run stops."""
+    ema_decay: Share | None = None
+    """Decay per update of the averaged weights, which then are evaluated and exported; null = none."""
+
+
+class EngineConfig(Section):
+    """Where the run runs."""
+
+    name: Word = "local"
+    """`local` (one process) or `accelerate` (several, started by torchrun), or ./file.py:Name."""
+    device: Word = "auto"
+    """auto = the accelerator where there is one; or cpu, cuda, cuda:1, mps."""
+    threads: Count | None = None
+    """CPU threads of torch; null = torch's own choice. Results do not depend on it beyond rounding."""
+
+
+class LogConfig(Section):
+    """What is recorded besides metrics.jsonl, which always is."""
+
+    tensorboard: bool = False
+    """Write TensorBoard event files into the output folder."""
+    trackers: tuple[Word, ...] = ()
+    """Services known to accelerate, such as wandb or swanlab; one that fails is switched off, training goes on."""
+    sample_every: Natural = 0
+    """Iterations between picture grids; 0 = only with evaluations."""
+
+
+class AlgorithmConfig(BaseModel):
+    """Which method; the rest of the section is that method's own record, complete with its defaults."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: Annotated[Word, Field(description="File in flowrl.algorithms, package.module:Class or ./file.py:Class.")]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, section: Any) -> Any:
+        """Check the section against the method's own fields, and write its defaults down."""
+        if not isinstance(section, Mapping) or not isinstance(section.get("name"), str) or not section["name"]:
+            return section
+        record = algorithm_class(section["name"]).model_validate({k: v for k, v in section.items() if k != "name"})
+        return {"name": section["name"], **record.model_dump(mode="json")}
+
+    def build(self) -> Any:
+        """The algorithm: its frozen record of hyperparameters with `plan`, `credit` and `loss`."""
+        return algorithm_class(self.name)(**(self.model_extra or {}))
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """What the run is called; letters, digits, and . _ - since a folder is named after it."""
+    seed: Natural = 0
+    """All randomness is a function of it: with the iteration, prompt, sample and step it gives the same noise again."""
+    output_dir: Word = ""
+    """Folder for everything that the run writes; default runs/<name>."""
+    iterations: Count = 300
+    """Rounds of sampling, scoring and updating."""
+    checkpoint_every: Natural = 50
+    """Iterations between checkpoints; 0 = only the last one."""
+    keep_checkpoints: Count = 3
+    """How many checkpoints stay; older ones go when a newer one is complete."""
+    evaluate_every: Natural = 50
+    """Iterations between evaluations; 0 = never."""
+    model: ModelConfig
+    """Which generator."""
+    algorithm: AlgorithmConfig
+    """Which method, and its hyperparameters."""
+    rewards: tuple[RewardEntry, ...]
+    """What is good; their weighted sum is trained on."""
+    data: DataConfig
+    """Prompts and group sizes."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Learning rate and batches."""
+    engine: EngineConfig = EngineConfig()
+    """Processes and devices."""
+    log: LogConfig = LogConfig()
+    """Records."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, tree: Any) -> Any:
+        """`rewards: {ocr: 0.5}` and `rewards: [ocr]` are short for entries; the output folder follows the name."""
+        if not isinstance(tree, Mapping):
+            return tree
+        tree = dict(tree)
+        if not tree.get("output_dir") and isinstance(tree.get("name"), str):
+            tree["output_dir"] = f"runs/{tree['name']}"
+        rewards = tree.get("rewards")
+        if isinstance(rewards, Mapping) and "use" not in rewards:
+            tree["rewards"] = [{"use": use, "weight": weight} for use, weight in rewards.items()]
+        elif isinstance(rewards, list):
+            tree["rewards"] = [{"use": entry} if isinstance(entry, str) else entry for entry in rewards]
+        return tree
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        """What no single key can tell: every conflict at once."""
+        conflicts = list(_conflicts(self))
+        if conflicts:
+            raise ValidationError.from_exception_data("Config", [_conflict(key, text) for key, text in conflicts])
+        return self
+
+
+# ------------------------------------------------------------------------------------------------ cross-checks
+
+
+def _conflict(key: Key, text: str) -> InitErrorDetails:
+    return InitErrorDetails(type=PydanticCustomError("conflict", "{text}", {"text": text}), loc=key, input=None)
+
+
+def algorithm_class(name: str) -> type[Any]:
+    """The record of hyperparameters that `algorithm.name` stands for."""
+    text = f"{name!r} is no algorithm: expected a subclass of flowrl.types.Hyperparameters with a loss()"
+    try:
+        found = resolve(name, "flowrl.algorithms")
+    except ResolveError as error:
+        found, text = None, str(error)
+    if isinstance(found, type) and issubclass(found, BaseModel) and callable(getattr(found, "loss", None)):
+        return found
+    raise ValidationError.from_exception_data("algorithm", [_conflict(("name",), text)])
+
+
+def _conflicts(config: Config) -> Iterator[tuple[Key, str]]:
+    """(key, message) of everything that cannot be meant, though every value is fine by itself."""
+    for key, name, package in (
+        (("model", "family"), config.model.family, "flowrl.models"),
+        (("engine", "name"), config.engine.name, "flowrl.engine"),
+    ):
+        try:
+            check_name(name or "any.py", package)
+        except ResolveError as error:
+            yield key, str(error)
+    yield from _reward_conflicts(config.rewards)
+    updates = config.iterations * config.optimizer.updates_per_iteration
+    if config.optimizer.warmup >= updates:
+        yield (
+            ("optimizer", "warmup"),
+            f"{config.optimizer.warmup} updates of warm-up, but the run has only iterations x updates_per_iteration = "
+            f"{updates}; choose fewer, or more iterations",
+        )
+    if config.optimizer.min_lr_ratio and config.optimizer.schedule == "constant":
+        yield ("optimizer", "min_lr_ratio"), "has no effect on a constant schedule; set schedule=cosine or leave it out"
+    grid, samples = config.data.evaluation.grid_prompts, config.data.evaluation.num_samples
+    if config.evaluate_every and grid * config.data.evaluation.grid_samples > samples:
+        yield (
+            ("data", "evaluation", "grid_prompts"),
+            f"a grid of {grid} x {config.data.evaluation.grid_samples} pictures out of num_samples={samples}; "
+            "make the grid smaller or num_samples larger",
+        )
+    yield from _plan_conflicts(config)
+
+
+def _reward_conflicts(rewards: Sequence[RewardEntry]) -> Iterator[tuple[Key, str]]:
+    if not rewards:
+        yield ("rewards",), "the list is empty, so there is nothing to train on; add for example {use: shapes}"
+    elif all(entry.weight == 0 and entry.gate is None for entry in rewards):
+        yield ("rewards",), "every reward has weight 0, so there is nothing to train on; give one of them a weight"
+    seen: dict[str, int] = {}
+    for index, entry in enumerate(rewards):
+        name = entry.name or entry.use
+        if name in seen:
+            text = (
+                f"rewards.{seen[name]} and rewards.{index} are both called {name!r}; give one of them another `name:`"
+            )
+            yield ("rewards", index), text
+        seen.setdefault(name, index)
+
+
+def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
+    """What the algorithm itself says to the group size and to its first and last plan."""
+    import torch
+
+    algorithm = config.algorithm.build()
+    times = torch.linspace(1.0, 0.0, algorithm.num_steps + 1)
+    for iteration in dict.fromkeys((0, config.iterations - 1)):
+        try:
+            algorithm.plan(times, iteration, config.data.samples_per_prompt, config.seed)
+        except ValueError as error:
+            about_group = "samples_per_prompt" in str(error)
+            yield ("data", "samples_per_prompt") if about_group else ("algorithm",), f"{config.algorithm.name}: {error}"
+            return
+
+
+# ------------------------------------------------------------------------------------------------ reading and writing
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file, with its `base:` files and `a.b=c` overrides; ConfigError names every problem."""
+    return _validated(read_source(path, overrides))
+
+
+def make_config(values: Mapping[str, Any], name: str = "config") -> Config:
+    """A config from plain values, with the same messages as one from a file."""
+    return _validated(Source(values=dict(values), name=name))
+
+
+def check(path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
+    """Every problem that can be found without loading weights; [] = the config can be run.
+
+    Beyond `load_config` it builds the rewards (which loads nothing) and reads the prompts.
+    """
+    try:
+        source = read_source(path, overrides)
+        config = _validated(source)
+    except ConfigError as error:
+        return error.problems
+    return [f"{source.where(key)}: {dotted(key)}: {text.rstrip('.')}." for key, text in _deep_problems(config)]
+
+
+def _deep_problems(config: Config) -> Iterator[tuple[Key, str]]:
+    import torch
+
+    from flowrl.data import DataError, PromptSampler, load_prompts
+    from rewards.entries import read_entries
+    from rewards.types import RewardError
+
+    for index, entry in enumerate(config.rewards):
+        try:
+            # Weight 1 and the CPU: a reward that is only logged, or a GPU that is elsewhere, is no problem.
+            read_entries([{**entry.entry(), "weight": 1.0, "device": "cpu"}], torch.device("cpu"))
+        except RewardError as error:
+            yield ("rewards", index), str(error)
+    try:
+        PromptSampler(load_prompts(config.data.prompts), config.data.prompts_per_iteration, balance=config.data.balance)
+    except DataError as error:
+        yield ("data", "prompts"), str(error)
+    try:
+        load_prompts(config.data.eval_prompts or config.data.prompts, "held_out")
+    except DataError as error:
+        yield ("data", "eval_prompts") if config.data.eval_prompts else ("data", "prompts"), str(error)
+    path = Path(config.model.path).expanduser()
+    looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") > 1
+    if looks_local and not path.is_dir():
+        known = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        yield ("model", "path"), f"the folder {path} does not exist{nearest(path.name, known)}"
+
+
+def dump(config: Config) -> str:
+    """The whole config as YAML, every default written out; `load_config` gives an equal config."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+_FREE = (
+    "name", "output_dir", "checkpoint_every", "keep_checkpoints", "evaluate_every", "engine", "log",
+    "model.decode_micro_batch", "model.rollout_micro_batch", "model.gradient_checkpointing", "optimizer.micro_batch",
+    "data.eval_prompts", "data.evaluation",
+)  # fmt: skip
+_FREE_REWARD = ("device", "batch_size", "cache")
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What makes a run that run, as {dotted key: plain value}; on resuming it must not have changed.
+
+    Everything but where, how fast and how often: folders, devices, portions, records. The number of iterations belongs
+    to it only where the learning rate is scheduled over them.
+    """
+    tree = config.model_dump(mode="json")
+    for entry in tree["rewards"]:
+        for key in _FREE_REWARD:
+            del entry[key]
+    flat = dict(_flat(tree, ()))
+    free = _FREE + (("iterations",) if config.optimizer.schedule == "constant" else ())
+    return {key: value for key, value in flat.items() if not any(key == f or key.startswith(f + ".") for f in free)}
+
+
+def diff(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (old, new)} of the identities of two configs (or of identities, as checkpoints keep them)."""
+    a, b = (identity(x) if isinstance(x, Config) else dict(x) for x in (old, new))
+    keys = dict.fromkeys([*a, *b])
+    absent = "(absent)"
+    pairs = {key: (a.get(key, absent), b.get(key, absent)) for key in keys}
+    return {key: (x, y) for key, (x, y) in pairs.items() if json.dumps(x) != json.dumps(y)}
+
+
+def _flat(value: Any, key: Key) -> Iterator[tuple[str, Any]]:
+    """Leaves of sections and of the list of rewards; other lists are values."""
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from _flat(item, (*key, name))
+    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            yield from _flat(item, (*key, index))
+    else:
+        yield dotted(key), value
+
+
+# ------------------------------------------------------------------------------------------------ what keys there are
+
+
+def _validated(source: Source) -> Config:
+    try:
+        return Config.model_validate(source.values)
+    except ValidationError as error:
+        every_key = list(_all_keys(Config, source.values))
+        raise ConfigError(explain(error, source, lambda key: _fields(key, source.values), every_key)) from None
+
+
+def _fields(key: Key, tree: Any) -> dict[str, str]:
+    """{key: description} of the section at `key`."""
+    section: type[BaseModel] | None = Config
+    for name in key:
+        if isinstance(name, str) and section is not None:
+            found = section.model_fields.get(name)
+            section = _section_in(found.annotation) if found else None
+    if section is AlgorithmConfig:
+        names = {"name": "which method"}
+        try:
+            section = algorithm_class(tree["algorithm"]["name"])
+        except (ValidationError, KeyError, TypeError):
+            return names
+        return names | {name: info.description or "" for name, info in section.model_fields.items()}
+    return {name: info.description or "" for name, info in section.model_fields.items()} if section else {}
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside `X | None` or `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _section_in(arg))), None)
+
+
+def _all_keys(section: type[BaseModel], tree: Any, prefix: Key = ()) -> Iterator[str]:
+    for name in _fields(prefix, tree):
+        yield dotted((*prefix, name))
+        info = section.model_fields.get(name)
+        inner = _section_in(info.annotation) if info else None
+        if inner is not None and inner is not RewardEntry:
+            yield from _all_keys(inner, tree, (*prefix, name))

@@ -1,0 +1,224 @@
+"""Prompts: where they come from, what is refused, and which of them an iteration takes.
+
+    prompts = load_prompts("captions.jsonl")
+    sampler = PromptSampler(prompts, per_iteration=48, seed=0)
+    mine = shard(sampler(iteration), rank, world)
+
+What an iteration takes is a pure function of (seed, iteration): nothing has to be saved, and nothing depends on how
+many processes there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from flowrl.resolve import nearest
+
+if TYPE_CHECKING:
+    from flowrl.types import Prompt
+
+T = TypeVar("T")
+
+BUILT_IN = "shapes"
+SPLITS = ("train", "held_out")
+
+
+class DataError(ValueError):
+    """Prompts cannot be used; the message names the file and the line, what is wrong there, and how to mend it."""
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def load_prompts(source: str | Path | Sequence[str], split: str = "train") -> list[Prompt]:
+    """The prompts of a source, numbered from 0 in its order; equal texts stay different prompts.
+
+    `source` is "shapes" (the built-in world, whose `split` is "train" or "held_out"), a .txt file with one prompt a
+    line, a .jsonl file with {"prompt": text, ...metadata} a line, or a sequence of texts. Files have no splits.
+    """
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r}; there are {' and '.join(SPLITS)}.")
+    if source == BUILT_IN:
+        rows = _built_in(split)
+    elif isinstance(source, str | Path):
+        rows = _read_file(Path(source).expanduser())
+    else:
+        rows = [_row(f"prompt {index} of the list", text) for index, text in enumerate(source)]
+    if not rows:
+        raise DataError(f"{_short(source)} holds no prompts; give at least one.")
+    from flowrl.types import Prompt  # imports torch, which a mistake above need not wait for
+
+    return [Prompt(id=index, text=text, metadata=metadata) for index, (text, metadata) in enumerate(rows)]
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """A hash of texts, metadata and order, so that a resumed run notices that its data set has changed."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.text, dict(prompt.metadata)], sort_keys=True, default=repr).encode())
+    return digest.hexdigest()
+
+
+def _built_in(split: str) -> list[tuple[str, dict[str, Any]]]:
+    from flowrl.shapes.scenes import prompts
+
+    return [(spec.prompt, {"category": spec.category}) for spec in prompts(split)]
+
+
+def _read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    readers = {".txt": _text_row, ".jsonl": _json_row}
+    if not path.is_file():
+        raise DataError(_missing(path))
+    if path.suffix not in readers:
+        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; use .txt (one prompt a line) or .jsonl.")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: not UTF-8 text ({error.reason}); save the file as UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
+    # Not splitlines(): it would also split at the line separators that Unicode allows inside a prompt.
+    lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")] if text.strip("\r\n") else []
+    return [readers[path.suffix](f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
+
+
+def _missing(path: Path) -> str:
+    if path.is_dir():
+        return f"{path} is a folder; name a .txt or .jsonl file in it."
+    known = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = nearest(path.name, [*known, BUILT_IN])
+    return (
+        f"there is no file {str(path)!r}{near}; looked for {path.absolute()}. Give {BUILT_IN!r}, a .txt or .jsonl file "
+        "(relative to the working folder), or a list of prompts."
+    )
+
+
+def _text_row(place: str, line: str) -> tuple[str, dict[str, Any]]:
+    return _row(place, line)
+
+
+def _json_row(place: str, line: str) -> tuple[str, dict[str, Any]]:
+    if not line.strip():
+        raise DataError(f"{place}: the line is empty; remove it.")
+    try:
+        record = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: broken JSON: {error.msg} at column {error.colno}; one object a line.") from error
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise DataError(f"{place}: broken JSON: {what}.") from error
+    if not isinstance(record, dict):
+        raise DataError(f'{place}: expected an object like {{"prompt": "a red cube"}}, found {type(record).__name__}.')
+    if "prompt" not in record:
+        near = nearest("prompt", record) or (f"; rename one of {', '.join(record)}" if record else "")
+        raise DataError(f'{place}: the field "prompt" is missing{near}.')
+    return _row(place, record["prompt"], {key: value for key, value in record.items() if key != "prompt"})
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return made
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON; use null, or leave the field out")
+
+
+def _row(place: str, text: Any, metadata: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    if not isinstance(text, str):
+        raise DataError(f"{place}: the prompt is {type(text).__name__} {_short(text)}, not text; put it in quotes.")
+    if not text.strip():
+        raise DataError(f"{place}: the prompt is empty; remove the line, or write a prompt.")
+    if "\0" in text:
+        raise DataError(f"{place}: the prompt holds a null byte; the file may be UTF-16: save it as UTF-8.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: half of a character (a lone surrogate) at {error.start}; fix it.") from error
+    return text.strip(), metadata or {}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+class PromptSampler:
+    """Which prompts an iteration takes: `sampler(iteration)`, the same on every process.
+
+    The prompts are walked through in a fresh order each epoch, so that none comes back before all have been seen.
+    Where an iteration takes one more than once (the data set is small), every further group has an id of its own:
+    its prompt's id plus a multiple of `len(prompts)`.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], per_iteration: int, seed: int = 0, balance: str | None = None
+    ) -> None:
+        """With `balance`, a metadata key, its values take turns: in an iteration their counts differ by at most one."""
+        if not prompts:
+            raise DataError("there are no prompts to sample from.")
+        if per_iteration < 1:
+            raise DataError(f"prompts_per_iteration={per_iteration}; an iteration takes at least one prompt.")
+        self.per_iteration, self.seed = per_iteration, seed
+        self._prompts = list(prompts)
+        self._pools = {"": list(range(len(prompts)))} if balance is None else _pools(prompts, balance)
+        self._order = lru_cache(maxsize=2 * len(self._pools))(self._shuffled)
+
+    def __call__(self, iteration: int) -> list[Prompt]:
+        """The prompts of an iteration (from 0), one a group."""
+        first = iteration * self.per_iteration
+        taken: dict[int, int] = {}
+        chosen = []
+        for index in (self._at(place) for place in range(first, first + self.per_iteration)):
+            prompt, times = self._prompts[index], taken.get(index, 0)
+            chosen.append(replace(prompt, id=prompt.id + times * len(self._prompts)) if times else prompt)
+            taken[index] = times + 1
+        return chosen
+
+    def _at(self, place: int) -> int:
+        """Index of the prompt at a place of the endless sequence: pools take turns, each in epochs of its own."""
+        names = list(self._pools)
+        turn, name = place // len(names), names[place % len(names)]
+        epoch, offset = divmod(turn, len(self._pools[name]))
+        return self._order(name, epoch)[offset]
+
+    def _shuffled(self, name: str, epoch: int) -> list[int]:
+        """A pool in the order of an epoch: sorted by a keyed hash, which no library version can change."""
+
+        def key(index: int) -> bytes:
+            return hashlib.blake2b(f"{self.seed}/{name}/{epoch}/{index}".encode(), digest_size=16).digest()
+
+        return sorted(self._pools[name], key=key)
+
+
+def _pools(prompts: Sequence[Prompt], key: str) -> dict[str, list[int]]:
+    """Indices of the prompts by the value of a metadata key, in the order in which the values first appear."""
+    pools: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        if key not in prompt.metadata:
+            known: Mapping[str, Any] = prompt.metadata
+            there = f"it has {', '.join(known)}" if known else "it has none"
+            raise DataError(
+                f"data.balance={key}: prompt {prompt.id} ({_short(prompt.text)}) has no metadata {key!r}"
+                f"{nearest(key, known)}; {there}. Remove data.balance, or add the field to every line."
+            )
+        pools.setdefault(str(prompt.metadata[key]), []).append(index)
+    return pools
+
+
+def shard(items: Sequence[T], rank: int, world: int) -> list[T]:
+    """This process's contiguous part; sizes differ by at most one, and all parts together are `items` in order."""
+    return list(items[len(items) * rank // world : len(items) * (rank + 1) // world])

@@ -1,0 +1,195 @@
+"""What the families share: finding and loading a diffusers pipeline, frozen, and its recommended settings.
+
+A model is named by the built-in name `shapes`, by a local folder in diffusers format, or by a hub id; a path is the
+only difference between them. diffusers is imported when a pipeline is loaded, never when this module is.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BUILT_IN = {"shapes": "flowrl.shapes"}
+"""Names of the models that lie inside this package, and the package whose folder `weights` holds them."""
+
+INDEX = "model_index.json"
+INFERENCE = "inference.json"
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+class ModelError(ValueError):
+    """A model that cannot be had or used as asked, with the reason and the way out."""
+
+
+def resolve(path: str | Path) -> str:
+    """The local folder or hub id that `path` stands for; a ModelError where it can be neither.
+
+    Example: resolve("shapes") is the folder of the built-in weights, resolve("owner/name") the hub id itself.
+    """
+    name = str(path)
+    folder = Path(str(importlib.resources.files(BUILT_IN[name]) / "weights")) if name in BUILT_IN else Path(name)
+    folder = folder.expanduser()
+    if (folder / INDEX).is_file():
+        return str(folder)
+    if name in BUILT_IN:
+        raise ModelError(
+            f"model {name!r}: its weights are missing from this installation (no {INDEX} in {folder}). "
+            "They come with the package: reinstall flowrl, or fetch the data files of this checkout."
+        )
+    if folder.is_dir():
+        raise ModelError(f"model {name!r}: the folder has no {INDEX}. {_advice(folder)}")
+    if _HUB_ID.fullmatch(name):
+        return name
+    raise ModelError(
+        f"model {name!r}: there is no such folder, and a hub id has the form owner/name. "
+        f"Check the spelling; built-in models: {', '.join(BUILT_IN)}."
+    )
+
+
+def load_pipeline(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """The diffusers pipeline at `path` in evaluation mode, every weight frozen and no progress bars.
+
+    Note: the VAE is float32 whatever `dtype` is, as in Flow-GRPO's scripts: it is small, and its picture is judged.
+    """
+    source = resolve(path)
+    with _errors(source):
+        from diffusers import DiffusionPipeline
+
+        dtypes = {"default": dtype, "vae": torch.float32}
+        absent = dict.fromkeys(_absent_parts(read_json(source, INDEX) or {}))
+        with _quiet() if str(path) in BUILT_IN else nullcontext():
+            pipe: Any = DiffusionPipeline.from_pretrained(source, dtype=dtypes, **absent)  # type: ignore[no-untyped-call]
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def read_inference(path: str | Path, pipe: Any) -> dict[str, Any]:
+    """The settings that a model folder recommends: `inference.json` holds arguments of the pipeline's call.
+
+    Example: {"num_inference_steps": 20, "guidance_scale": 1.0, "max_sequence_length": 0}; without the file, {}.
+    """
+    inference = read_json(resolve(path), INFERENCE, required=False) or {}
+    unknown = set(inference) - set(inspect.signature(type(pipe).__call__).parameters)
+    if unknown:
+        raise ModelError(
+            f"model {str(path)!r}: {INFERENCE} has {', '.join(sorted(unknown))}, which the call of "
+            f"{type(pipe).__name__} does not take. Remove or rename it: the file is passed to that call as it is."
+        )
+    return inference
+
+
+def first_given(names: tuple[str, ...], *sources: Mapping[str, Any]) -> dict[str, Any]:
+    """For each name the first value in `sources` that is there and not None; names without one are left out."""
+    found = {name: [s[name] for s in sources if s.get(name) is not None] for name in names}
+    return {name: values[0] for name, values in found.items() if values}
+
+
+def chunked(function: Callable[[Tensor], Tensor], x: Tensor, size: int | None) -> Tensor:
+    """`function` over slices of at most `size` samples of x [N, ...], put together again; None is all at once."""
+    if size is None or len(x) <= size:
+        return function(x)
+    return torch.cat([function(part) for part in torch.split(x, size)])
+
+
+def read_json(source: str, name: str, required: bool = True) -> dict[str, Any] | None:
+    """A JSON file of a resolved folder or hub id; None where it is absent and not required."""
+    folder = Path(source)
+    file = folder / name if folder.is_dir() else _hub_file(source, name, required)
+    if file is None or (not required and not file.is_file()):
+        return None
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"model {source!r}: {name} is not valid JSON ({error}).") from error
+    return content
+
+
+def _hub_file(source: str, name: str, required: bool) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with _errors(source):
+        try:
+            return Path(hf_hub_download(source, name))
+        except EntryNotFoundError:  # also what the cache answers without a network
+            if required:
+                raise
+            return None
+
+
+@contextmanager
+def _errors(source: str) -> Iterator[None]:
+    """Turns what the hub and the file system answer into what, why and how to go on."""
+    from huggingface_hub import errors as hub
+
+    try:
+        yield
+    except hub.GatedRepoError as error:
+        raise ModelError(
+            f"model {source!r} is gated: its authors ask for consent. Accept the terms at "
+            f"https://huggingface.co/{source}, then run `hf auth login`; or give the folder of a local copy."
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"model {source!r} was not found: no such folder here, and nothing that this account may see at "
+            f"https://huggingface.co/{source}. Check the spelling, or run `hf auth login` if it is private."
+        ) from error
+    except (hub.LocalEntryNotFoundError, ConnectionError) as error:
+        raise ModelError(
+            f"model {source!r}: no such folder here, not in the local cache, and the hub could not be reached. Fetch "
+            f"it where there is a network (`hf download {source}`), give a local folder, or try the built-in 'shapes'."
+        ) from error
+    except hub.EntryNotFoundError as error:
+        raise ModelError(
+            f"model {source!r}: its repository is not in diffusers format ({error}). "
+            "Look for its diffusers version, whose files include model_index.json."
+        ) from error
+    except OSError as error:
+        raise ModelError(
+            f"model {source!r} could not be read: {error} "
+            "Where files are missing, fetch it again (`hf download`), or give the folder of a complete copy."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and warnings while the built-in model loads: its files are known, and a beginner's screen is not for them."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    bars = [log for log in (diffusers_log, transformers_log) if log.is_progress_bar_enabled()]
+    verbosity = diffusers_log.get_verbosity()
+    diffusers_log.set_verbosity_error()
+    for log in bars:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_log.set_verbosity(verbosity)
+        for log in bars:
+            log.enable_progress_bar()
+
+
+def _absent_parts(index: Mapping[str, Any]) -> list[str]:
+    """Parts that were saved as None; diffusers 0.42 reloads a pipeline without one only if it is told so again."""
+    return [name for name, value in index.items() if isinstance(value, list) and value[0] is None]
+
+
+def _advice(folder: Path) -> str:
+    if (folder / LORA_WEIGHTS).is_file() or (folder / "transformer").is_dir():
+        return "It looks like exported weights: load their base model, then flowrl.policy.load_weights(model, folder)."
+    return "A diffusers pipeline folder is needed, as save_pretrained writes it; a single checkpoint file is not one."

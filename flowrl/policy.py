@@ -1,0 +1,354 @@
+"""The trained model: which weights learn, what they were at first, their average, and their export to diffusers.
+
+    policy = Policy(load("shapes"), lora={"rank": 16, "alpha": 32}, ema_decay=0.95)
+    with policy.role("rollout"):
+        v = policy.velocity(x, t, policy.encode(prompts))
+    with policy.reference():
+        v_ref = policy.velocity(x, t, cond)
+    policy.export("weights", inference={"num_inference_steps": 10})
+
+Symbols: P prompts, N samples, *L latent dimensions.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from torch.nn import Parameter
+
+from flowrl.ema import EMA
+from flowrl.models.pipeline import BUILT_IN, INFERENCE, LORA_WEIGHTS, ModelError
+from flowrl.types import Cond, Model
+
+ADAPTER = "default"
+_METADATA = "lora_adapter_metadata"
+
+
+class Lora(BaseModel):
+    """Low-rank adapters (arXiv:2106.09685): weights W + alpha / rank B A, of which A and B learn."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: tuple[str, ...] | None = None
+    """Module names to adapt, matched at their end; None: the attention layers of the model's family."""
+    init: str | bool = "gaussian"
+    """peft's `init_lora_weights`; B is zero in all the usual ones, so that training starts at the model itself."""
+
+
+class Policy:
+    """A model with guidance applied, of which LoRA adapters (`lora`), all weights (None) or nothing (`frozen`) learn.
+
+    What learns is float32 whatever the model's dtype. `reference` is for full training only: a second copy of the
+    transformer, which `reference()` then needs; LoRA gets its reference for nothing, by switching the adapters off.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        lora: Lora | Mapping[str, Any] | None = None,
+        frozen: bool = False,
+        guidance: float = 1.0,
+        ema_decay: float | None = None,
+        ema_warmup: bool = True,
+        reference: bool = False,
+        gradient_checkpointing: bool = False,
+        device: str | torch.device | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.guidance = model, guidance
+        self.lora = Lora.model_validate(lora) if lora is not None and not frozen else None
+        self.calls: Counter[str] = Counter()
+        self._role = "train"
+        if device is not None:
+            model.to(device)  # type: ignore[attr-defined]
+        # An engine may wrap `model.trainable` later; weights and adapters are reached through the module itself.
+        self._module: Any = model.trainable
+        self._module.requires_grad_(False)
+        if self.lora is not None:
+            _add_lora(self._module, self.lora, getattr(model, "lora_targets", ()), seed)
+        elif not frozen:
+            self._module.requires_grad_(True)
+        self._parameters: dict[str, Parameter] = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
+        for parameter in self._parameters.values():
+            parameter.data = parameter.data.float()
+        if gradient_checkpointing:
+            model.enable_gradient_checkpointing()  # type: ignore[attr-defined]
+        self._initial: torch.nn.Module | None = None
+        if reference and not frozen and self.lora is None:
+            self._initial = copy.deepcopy(self._module).requires_grad_(False)
+        self.ema = EMA(self._parameters, ema_decay, ema_warmup) if ema_decay is not None and self._parameters else None
+
+    @property
+    def num_trainable(self) -> int:
+        """Numbers that learn."""
+        return sum(p.numel() for p in self._parameters.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = next(self._module.parameters()).device
+        return device
+
+    def trainable_parameters(self) -> list[Parameter]:
+        """What an optimiser takes; the order is always the same."""
+        return list(self._parameters.values())
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Conditions [P, ...] of the prompts; the empty prompt's are left out where guidance does not need them."""
+        cond = self.model.encode(prompts)
+        return cond if self.guidance > 1 else {k: v for k, v in cond.items() if not k.startswith("negative_")}
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Velocity [N,*L] at states x [N,*L] and times t [N], guidance applied; adds to `calls`."""
+        self.calls[self._role] += len(x) * (2 if self.guidance > 1 else 1)
+        return self.model.velocity(x, t, cond, self.guidance)
+
+    @contextmanager
+    def role(self, name: str) -> Iterator[None]:
+        """Within it `velocity` counts under `name`; a count is a sample times a guidance branch."""
+        before, self._role = self._role, name
+        try:
+            yield
+        finally:
+            self._role = before
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it `velocity` is that of the weights before training; cutting gradients is left to the caller."""
+        with self.role("reference"), self._initial_weights():
+            yield
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the averaged weights are in place; without an average, the weights themselves."""
+        with self.ema.applied() if self.ema else nullcontext():
+            yield
+
+    def update_average(self) -> None:
+        """Once after each optimiser step; nothing to do without an average."""
+        if self.ema:
+            self.ema.update()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`weights.<name>` of what learns, and `ema.<name>` of its average; copies on the CPU."""
+        average = self.ema.state_dict() if self.ema else {}  # first: it refuses while the average is in place
+        weights = {f"weights.{name}": p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+        return {**weights, **{f"ema.{name}": tensor for name, tensor in average.items()}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes back what `state_dict` gave, bit by bit; other names or shapes are a ModelError."""
+        weights = {k.removeprefix("weights."): v for k, v in state.items() if k.startswith("weights.")}
+        average = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
+        if bool(average) != (self.ema is not None):
+            raise ModelError(
+                f"the saved state has {'an' if average else 'no'} average of weights, this policy "
+                f"{'one' if self.ema else 'none'}. Set ema_decay as it was in the run that saved it."
+            )
+        self._assign(weights)
+        if self.ema:
+            self.ema.load_state_dict(average)
+
+    def export(self, folder: str | Path, *, averaged: bool = True, inference: Mapping[str, Any] | None = None) -> Path:
+        """Writes what was learnt in diffusers' own format, with `inference.json` and a README that shows its use.
+
+        LoRA: what `pipe.load_lora_weights(folder)` takes. Full: the component, which `from_pretrained` takes.
+        `inference` are arguments of the pipeline's call, over those of the model; guidance is the policy's.
+        """
+        if not self._parameters:
+            raise ModelError("a frozen policy has learnt nothing that could be exported.")
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        model: Any = self.model
+        with self.averaged() if averaged else nullcontext():
+            if self.lora is not None:
+                _save_lora(model.pipe, self._module, model.component, target)
+            else:
+                _save_component(self._module, target / model.component)
+        call = model.arguments(**{"guidance_scale": self.guidance, **(inference or {})})
+        (target / INFERENCE).write_text(json.dumps(call, indent=2) + "\n")
+        (target / "README.md").write_text(_readme(model, target.name, self.lora is not None))
+        return target
+
+    @contextmanager
+    def _initial_weights(self) -> Iterator[None]:
+        if not self._parameters:
+            yield
+        elif self.lora is not None:
+            self._module.disable_adapters()
+            try:
+                yield
+            finally:
+                self._module.enable_adapters()
+        elif self._initial is not None:
+            # Another module takes the place, not other values: values changed between a forward and its backward pass
+            # would break the gradient of the loss that compares the two.
+            current, self.model.trainable = self.model.trainable, self._initial
+            try:
+                yield
+            finally:
+                self.model.trainable = current
+        else:
+            raise ModelError(
+                "full training keeps no reference unless it is told so, because it takes a second copy of the weights: "
+                "build the policy with reference=True, or train LoRA adapters, whose reference is free."
+            )
+
+    @torch.no_grad()
+    def _assign(self, weights: Mapping[str, Tensor]) -> None:
+        """Copies the values of every trained parameter in."""
+        wrong = [n for n, p in self._parameters.items() if n not in weights or weights[n].shape != p.shape]
+        wrong += [n for n in weights if n not in self._parameters]
+        if wrong:
+            raise ModelError(
+                f"the weights do not fit: {len(wrong)} differ in name or shape from the {len(self._parameters)} of the "
+                f"policy, e.g. {wrong[0]}. They come from another model, or from other lora settings (rank, targets)."
+            )
+        for name, parameter in self._parameters.items():
+            parameter.copy_(weights[name])
+
+
+def load_weights(target: Any, folder: str | Path) -> None:
+    """Applies an exported folder to a policy, a model or a diffusers pipeline; the base model must be the same.
+
+    A LoRA export goes into a LoRA policy's own adapters (same rank, alpha and targets), and their average starts anew;
+    into a model or pipeline it goes as one more adapter. A full export replaces the component's values.
+    """
+    source = Path(folder).expanduser()
+    model: Any = target.model if isinstance(target, Policy) else target
+    pipe = getattr(model, "pipe", model)
+    component = getattr(model, "component", "transformer")
+    lora = (source / LORA_WEIGHTS).is_file()
+    if not lora and not (source / component).is_dir():
+        raise ModelError(
+            f"weights {str(folder)!r}: neither {LORA_WEIGHTS} nor a folder {component}/ in it. "
+            "Give the folder that an export wrote, e.g. runs/<name>/weights."
+        )
+    if isinstance(target, Policy) and target.lora is not None:
+        if not lora:
+            raise ModelError(f"weights {str(folder)!r} are a full export, the policy trains LoRA: build it without.")
+        _load_lora_into(target, source / LORA_WEIGHTS)
+    elif lora:
+        if isinstance(target, Policy) and target.trainable_parameters():
+            raise ModelError(
+                f"weights {str(folder)!r} are LoRA, the policy trains all weights: build it with that lora."
+            )
+        pipe.load_lora_weights(str(source), weight_name=LORA_WEIGHTS)
+        getattr(pipe, component).requires_grad_(False)
+    else:
+        _load_component(getattr(pipe, component), source / component)
+    if isinstance(target, Policy) and target.ema:
+        target.ema.reset()
+
+
+def _add_lora(module: Any, lora: Lora, targets: Sequence[str], seed: int) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        target_modules=list(lora.targets or targets),
+        init_lora_weights=lora.init,  # type: ignore[arg-type]
+    )
+    with torch.random.fork_rng(devices=[]):  # equal on every process, and the caller's randomness is left alone
+        torch.manual_seed(seed)
+        try:
+            module.add_adapter(config, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise ModelError(f"lora: {error}") from error
+
+
+def _save_lora(pipe: Any, module: Any, component: str, folder: Path) -> None:
+    """Adapters and their configuration, without which diffusers takes alpha to be the rank and loses the scale."""
+    from peft.utils import get_peft_model_state_dict
+
+    pipe.save_lora_weights(
+        folder,
+        weight_name=LORA_WEIGHTS,
+        **{
+            f"{component}_lora_layers": get_peft_model_state_dict(module, adapter_name=ADAPTER),
+            f"{component}_{_METADATA}": module.peft_config[ADAPTER].to_dict(),
+        },
+    )
+
+
+def _save_component(module: Any, folder: Path) -> None:
+    module.save_pretrained(folder, safe_serialization=True)
+    config = folder / "config.json"
+    content = json.loads(config.read_text())
+    content.pop("_name_or_path", None)  # a path of the machine that trained
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _load_lora_into(policy: Policy, file: Path) -> None:
+    from safetensors import safe_open
+
+    prefix = f"{policy.model.component}."  # type: ignore[attr-defined]
+    with safe_open(str(file), framework="pt") as stored:
+        metadata = json.loads((stored.metadata() or {}).get(_METADATA, "{}"))
+        tensors = {key.removeprefix(prefix): stored.get_tensor(key) for key in stored.keys()}
+    alpha = metadata.get(f"{prefix}lora_alpha")
+    if policy.lora is not None and alpha is not None and alpha != policy.lora.alpha:
+        raise ModelError(
+            f"weights {str(file)!r} have lora alpha {alpha}, the policy {policy.lora.alpha}: make them equal."
+        )
+    policy._assign({_with_adapter(name): tensor for name, tensor in tensors.items()})
+
+
+def _with_adapter(name: str) -> str:
+    """`a.lora_A.weight`, as it is stored, to `a.lora_A.default.weight`, as the parameter is called."""
+    stem, _, last = name.rpartition(".")
+    return f"{stem}.{ADAPTER}.{last}"
+
+
+def _load_component(module: Any, folder: Path) -> None:
+    stored = type(module).from_pretrained(folder, dtype=torch.float32)
+    try:
+        module.load_state_dict(stored.state_dict())
+    except RuntimeError as error:
+        raise ModelError(f"weights {str(folder)!r} do not fit the model: {error}") from error
+
+
+def _readme(model: Any, folder: str, lora: bool) -> str:
+    pipe, name, part = model.pipe, type(model.pipe).__name__, model.component
+    # diffusers reloads a pipeline that has no T5, say, only where it is told so.
+    extra = "".join(
+        f", {key}=None"
+        for key, value in pipe.components.items()
+        if value is None and key not in pipe._optional_components
+    )
+    head, base = ["import json, torch"], f'"{model.path}"'
+    if model.path in BUILT_IN:  # a name that only flowrl can turn into a folder
+        head.append("from flowrl.models import resolve")
+        base = f"resolve({base})"
+    if lora:
+        body = [
+            f"from diffusers import {name}",
+            f"pipe = {name}.from_pretrained({base}{extra})",
+            f'pipe.load_lora_weights("{folder}")',
+        ]
+    else:
+        kind = type(getattr(pipe, part)).__name__
+        body = [
+            f"from diffusers import {kind}, {name}",
+            f'{part} = {kind}.from_pretrained("{folder}/{part}")',
+            f"pipe = {name}.from_pretrained({base}, {part}={part}{extra})",
+        ]
+    tail = [
+        f'settings = json.load(open("{folder}/{INFERENCE}"))  # guidance, size and steps of the training',
+        'pipe("your prompt", generator=torch.manual_seed(0), **settings).images[0].save("image.png")',
+    ]
+    code = "\n".join([*head, *body, *tail])
+    return f"# {'LoRA' if lora else 'Weights'} for {model.path}\n\nTrained with flowrl.\n\n```python\n{code}\n```\n"

@@ -1,0 +1,173 @@
+"""What a run leaves for people: picture grids, one self-contained `report.html`, and the before/after table."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from flowrl.evaluate import Evaluation, paired_gain
+
+Row = tuple[str, float | None, float | None, float | None, float | None]
+"""name, before, after, gain, standard error of the gain."""
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def save_grid(evaluation: Evaluation, path: Path, count: int, cell: int = 144) -> None:
+    """A PNG with the first frame of `count` samples, spread over the prompts, each above its prompt."""
+    if evaluation.media is None:
+        return
+    chosen = spread(len(evaluation.prompts), count)
+    columns = max(1, math.ceil(math.sqrt(len(chosen) * 1.6)))
+    rows = math.ceil(len(chosen) / columns)
+    caption = 30
+    sheet = Image.new("RGB", (columns * (cell + 8) + 8, rows * (cell + caption + 8) + 8), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, index in enumerate(chosen):
+        x, y = 8 + place % columns * (cell + 8), 8 + place // columns * (cell + caption + 8)
+        sheet.paste(to_image(evaluation.media[index, 0]).resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
+        for line, text in enumerate(_wrapped(evaluation.prompts[index].text, 24)[:2]):
+            draw.text((x, y + cell + 2 + 12 * line), text, fill=(70, 70, 70))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` places spread evenly over `total`; the same ones every time, so that pictures can be compared."""
+    count = min(count, total)
+    return [round((i + 0.5) * total / count - 0.5) for i in range(count)]
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """A picture [3,H,W] in [0,1] as a PIL image."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------ table
+
+
+def comparison(folder: Path) -> list[Row]:
+    """Before and after of every score and category of a run, with paired standard errors from its per-sample scores."""
+    files = sorted((folder / "samples").glob("*.json"))
+    if len(files) < 2:
+        return []
+    first, last = (json.loads(path.read_text()) for path in (files[0], files[-1]))
+    summary = json.loads((folder / "summary.json").read_text())
+    rows: list[Row] = []
+    for name in first["scores"]:
+        before, after = (_tensor(side["scores"][name]) for side in (first, last))
+        rows.append((name, _mean(before), _mean(after), *paired_gain(before, after)))
+        base, final = (summary[side]["scores"][name].get("by_category", {}) for side in ("base", "final"))
+        for category in base:
+            b, f = base[category], final[category]
+            # Categories keep their unpaired error: the table of samples does not say which is which.
+            error = math.hypot(b["se"] or 0.0, f["se"] or 0.0) if b["se"] is not None else None
+            gain = None if b["mean"] is None or f["mean"] is None else f["mean"] - b["mean"]
+            rows.append((f"  {category}", b["mean"], f["mean"], gain, error))
+    for name in summary["base"]["measures"]:
+        b, f = summary["base"]["measures"][name], summary["final"]["measures"].get(name)
+        rows.append((name, b, f, None if f is None else f - b, None))
+    return rows
+
+
+def _tensor(values: Sequence[float | None]) -> Tensor:
+    return torch.tensor([math.nan if v is None else v for v in values])
+
+
+def _mean(score: Tensor) -> float | None:
+    valid = score[score.isfinite()]
+    return valid.mean().item() if len(valid) else None
+
+
+# ------------------------------------------------------------------------------------------------ report
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
+h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right}
+td:first-child,th:first-child{text-align:left;white-space:pre}tr:nth-child(even){background:#f6f6f6}
+img{max-width:100%;border:1px solid #ddd}.pair{display:grid;grid-template-columns:1fr 1fr;gap:1em}
+.charts{display:grid;grid-template-columns:repeat(3,1fr);gap:1em}svg{width:100%;background:#fafafa}
+pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}
+"""
+
+_CURVES = ("reward/mean", "reward/group_std", "clip_frac", "kl", "grad_norm", "ratio_first_update", "zero_std_frac", "lr", "time/iteration")
+
+
+def write_report(folder: Path) -> Path:
+    """`report.html`: curves, before and after, table and config in one file that needs no network."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    charts = "".join(_chart(name, rows) for name in _curves(rows))
+    grids = sorted((folder / "samples").glob("*.png"))
+    pair = "".join(
+        f"<div><h3>{title}</h3><img alt='{title}' src='data:image/png;base64,{_base64(path)}'></div>"
+        for title, path in (("before", grids[0]), ("after", grids[-1]))
+    ) if len(grids) > 1 else ""  # fmt: skip
+    table = "".join(
+        "<tr><td>" + html.escape(name) + "</td>" + "".join(f"<td>{_number(v)}</td>" for v in values) + "</tr>"
+        for name, *values in comparison(folder)
+    )
+    config = html.escape((folder / "config.yaml").read_text())
+    page = (
+        f"<!doctype html><meta charset='utf-8'><title>{html.escape(folder.name)}</title><style>{_STYLE}</style>"
+        f"<h1>{html.escape(folder.name)}</h1><h2>Held-out prompts</h2>"
+        "<table><tr><th>score</th><th>before</th><th>after</th><th>gain</th><th>s.e.</th></tr>"
+        f"{table}</table><h2>Same prompts, same noise</h2><div class='pair'>{pair}</div>"
+        f"<h2>Training</h2><div class='charts'>{charts}</div><h2>Config</h2><pre>{config}</pre>"
+    )
+    path = folder / "report.html"
+    path.write_text(page)
+    return path
+
+
+def _curves(rows: list[dict[str, Any]]) -> list[str]:
+    present = {name for row in rows for name in row}
+    return [name for name in _CURVES if name in present] + sorted(n for n in present if n.startswith("score/"))
+
+
+def _chart(name: str, rows: list[dict[str, Any]], width: int = 320, height: int = 150) -> str:
+    """One curve as inline SVG, with its lowest and highest value."""
+    points = [(row["iteration"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    if not points:
+        return ""
+    xs, ys = zip(*points, strict=True)
+    low, high = min(ys), max(ys)
+    span_x, span_y = max(xs[-1] - xs[0], 1), (high - low) or 1.0
+    line = " ".join(
+        f"{8 + (x - xs[0]) / span_x * (width - 16):.1f},{height - 10 - (y - low) / span_y * (height - 44):.1f}" for x, y in points
+    )
+    return (
+        f"<svg viewBox='0 0 {width} {height}'><text x='8' y='16' font-size='12'>{html.escape(name)}</text>"
+        f"<text x='{width - 8}' y='16' font-size='11' text-anchor='end' fill='#888'>{low:.4g} … {high:.4g}</text>"
+        f"<polyline points='{line}' fill='none' stroke='#2563eb' stroke-width='1.5'/></svg>"
+    )
+
+
+def _base64(path: Path) -> str:
+    image = Image.open(io.BytesIO(path.read_bytes()))
+    out = io.BytesIO()
+    image.save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

@@ -1,0 +1,172 @@
+"""What the command line does apart from training: evaluate, sample, export, diagnose."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from flowrl import checkpoint
+from flowrl.collect import Conditions, Geometry, sample
+from flowrl.config import Config, load_config
+from flowrl.data import load_prompts
+from flowrl.evaluate import Evaluation, evaluate, evaluation_prompts, mean_and_error, paired_gain
+from flowrl.models.pipeline import load, read_inference
+from flowrl.policy import Policy, load_weights
+from flowrl.report import save_grid
+from flowrl.resolve import resolve
+from flowrl.types import Prompt
+from rewards import RewardHub
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class RunError(ValueError):
+    """A run folder lacks what a command needs."""
+
+
+def run_config(run: Path) -> Config:
+    """The config that a run was started with."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise RunError(f"{run} is not a run folder: it has no config.yaml. Give the output_dir of a `flowrl train`.")
+    return load_config(path, [])
+
+
+def weights_of(folder: Path) -> Path:
+    """The exported weights of a run, or the folder itself when it is one."""
+    for candidate in (folder / "weights", folder):
+        if (candidate / "inference.json").is_file():
+            return candidate
+    raise RunError(
+        f"{folder} has no exported weights (weights/inference.json). A run writes them when it ends; "
+        f"for one that has not: flowrl export {folder} --output WEIGHTS"
+    )
+
+
+def evaluate_run(
+    run: Path, *, num_samples: int | None, num_steps: int | None, seed: int | None, with_base: bool, console: Console
+) -> dict[str, Evaluation]:
+    """Score a run's weights (and the base model, on the same prompts and noise), and print the table."""
+    config, weights = run_config(run), weights_of(run)
+    settings = config.data.evaluation
+    prompts = evaluation_prompts(
+        load_prompts(config.data.eval_prompts or config.data.prompts, "held_out"), num_samples or settings.num_samples
+    )
+    found: dict[str, Evaluation] = {}
+    with RewardHub([entry.entry() for entry in config.rewards]) as hub:
+        for name in ("base", "tuned") if with_base else ("tuned",):
+            model = load(config.model.path, family=config.model.family)
+            policy = Policy(model, frozen=True, guidance=config.model.guidance)
+            if name == "tuned":
+                load_weights(policy, weights)
+            geometry = Geometry(height=config.model.height or model.height, width=config.model.width or model.width)
+            found[name] = evaluate(
+                policy, prompts, hub, Conditions(encode=policy.encode), geometry,
+                num_steps=num_steps or settings.num_steps, seed=settings.seed if seed is None else seed,
+                measures=[resolve(m, "flowrl.measures") for m in settings.measures], batch=settings.batch_size,
+            )  # fmt: skip
+    _print(found, console)
+    return found
+
+
+def _print(found: dict[str, Evaluation], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table("score", *found, *(["gain"] if len(found) == 2 else []))
+    last = found["tuned"]
+    for name in last.scores:
+        cells = [_cell(*mean_and_error(e.scores[name])) for e in found.values()]
+        if len(found) == 2:
+            cells.append(_cell(*paired_gain(found["base"].scores[name], last.scores[name])))
+        table.add_row(name, *cells)
+    for name in last.measures:
+        table.add_row(name, *(f"{e.measures[name]:.4g}" for e in found.values()))
+    console.print(table)
+
+
+def _cell(mean: float | None, error: float | None) -> str:
+    return "–" if mean is None else f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"
+
+
+def sample_grid(
+    prompts: Sequence[str], *, model: str, weights: Path | None, count: int, num_steps: int | None,
+    guidance: float | None, seed: int, output: Path,
+) -> None:  # fmt: skip
+    """Draw every prompt `count` times into one picture."""
+    path = model
+    exported = weights_of(weights) if weights else None
+    if not path:
+        path = run_config(weights).model.path if weights and (weights / "config.yaml").is_file() else "shapes"
+    loaded = load(path)
+    settings = read_inference(exported or path, loaded.pipe)  # type: ignore[attr-defined]
+    policy = Policy(loaded, frozen=True, guidance=float(guidance or settings.get("guidance_scale") or 1.0))
+    if exported:
+        load_weights(policy, exported)
+    wanted = [Prompt(id=i, text=text) for i, text in enumerate(p for p in prompts for _ in range(count))]
+    geometry = Geometry(height=loaded.height, width=loaded.width)  # type: ignore[attr-defined]
+    media = sample(
+        policy, wanted, range(len(wanted)), Conditions(encode=policy.encode), geometry,
+        num_steps=num_steps or int(settings.get("num_inference_steps") or 28), seed=seed,
+    )  # fmt: skip
+    save_grid(Evaluation(prompts=wanted, scores={}, measures={}, media=media), output, len(wanted))
+
+
+def export_run(run: Path, output: Path, *, averaged: bool) -> None:
+    """The newest checkpoint's weights in diffusers' format."""
+    config = run_config(run)
+    state = checkpoint.latest_valid(run / "checkpoints")
+    policy = Policy(
+        load(config.model.path, family=config.model.family), lora=config.model.lora and config.model.lora.model_dump(),
+        guidance=config.model.guidance, ema_decay=config.optimizer.ema_decay,
+    )  # fmt: skip
+    tensors = {k.removeprefix("policy."): v for k, v in state.tensors.items() if k.startswith("policy.")}
+    policy.load_state_dict(tensors)
+    policy.export(output, averaged=averaged, inference={"num_inference_steps": config.data.evaluation.num_steps})
+
+
+def diagnose() -> list[tuple[str, str, str]]:
+    """(what, found, advice) rows about this machine and installation."""
+    rows = [("python", platform.python_version(), ""), ("platform", platform.platform(), "")]
+    for package in ("flowrl", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors"):
+        try:
+            rows.append((package, version(package), ""))
+        except PackageNotFoundError:
+            rows.append((package, "missing", 'pip install -e "."'))
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    rows.append(("device", str(accelerator or "cpu"), "" if accelerator else "CPU is enough for the built-in world"))
+    rows.append(("threads", str(torch.get_num_threads()), ""))
+    extras = {"ocr": "rapidocr", "xformers": "xformers", "wandb": "wandb", "tensorboard": "tensorboard", "video": "av"}
+    for extra, module in extras.items():
+        there = importlib.util.find_spec(module) is not None
+        rows.append((f"extra {extra}", "installed" if there else "not installed", "" if there else f'pip install "flowrl[{extra}]"'))
+    return rows
+
+
+def draw_scenes(prompts: Sequence[str], seed: int, output: Path) -> None:
+    """True scenes of the built-in world."""
+    from flowrl.shapes import scenes
+    from rewards.shapes import CATEGORIES, parse
+
+    specs = [parse(p) for p in prompts]
+    for prompt, spec in zip(prompts, specs, strict=True):
+        if spec is None:
+            raise RunError(f"{prompt!r} is no sentence of the built-in world; it knows, e.g., 'a red circle left of a star'.")
+    chosen = [s for s in specs if s] or [
+        s for c in CATEGORIES for s in [p for p in scenes.prompts("train") if p.category == c][:3]
+    ]
+    media = scenes.render(scenes.draw(chosen, seed))[:, None]
+    wanted = [Prompt(id=i, text=s.prompt) for i, s in enumerate(chosen)]
+    save_grid(Evaluation(prompts=wanted, scores={}, measures={}, media=media), output, len(wanted))
+
+
+def read_summary(run: Path) -> dict[str, object]:
+    """A finished run's summary."""
+    return json.loads((run / "summary.json").read_text())

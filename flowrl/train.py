@@ -1,0 +1,357 @@
+"""Training: one iteration is eight named, timed phases, and this page tells them in order.
+
+prompts -> plan -> collect -> score -> gather -> credit -> update -> log / checkpoint / evaluate
+
+Symbols: P prompts and K samples each an iteration (all processes), B samples, E stored edges.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl import checkpoint
+from flowrl.checkpoint import CheckpointError, RunLock, flatten_optimizer, restore_optimizer
+from flowrl.collect import Conditions, Geometry, decode_and_submit, roll_out
+from flowrl.config import Config, dump, identity
+from flowrl.data import PromptSampler, load_prompts, shard
+from flowrl.engine import connect, raise_together
+from flowrl.evaluate import Evaluation, evaluate, evaluation_prompts
+from flowrl.faults import fault
+from flowrl.log import RunLog
+from flowrl.metrics import PhaseTimer
+from flowrl.models.pipeline import load
+from flowrl.policy import Policy
+from flowrl.report import save_grid, write_report
+from flowrl.resolve import resolve
+from flowrl.types import Algorithm, Batch
+from flowrl.update import Updater, edge_ids, learning_rate_factor
+from rewards import HubResult, RewardHub
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop and has saved its state; the exit code is 128 + the signal's number."""
+
+
+class Trainer:
+    """A run: everything that lives through its iterations. `Trainer(config).run()` is `flowrl train`."""
+
+    def __init__(self, config: Config, *, resume: bool = False) -> None:
+        self.config, self.folder = config, Path(config.output_dir)
+        self.engine = connect(config.engine.name, config.engine.device)
+        self.main = self.engine.rank == 0
+        self.lock = RunLock(self.folder, resume=resume) if self.main else None
+        self.algorithm: Algorithm = config.algorithm.build()
+        self.policy = self._build_policy()
+        data, model = config.data, self.policy.model
+        self.geometry = Geometry(
+            height=config.model.height or model.height, width=config.model.width or model.width,
+            frames=config.model.frames or 1, rollout_batch=config.model.rollout_micro_batch,
+            decode_batch=config.model.decode_micro_batch,
+        )  # fmt: skip
+        self.sampler = PromptSampler(load_prompts(data.prompts, "train"), data.prompts_per_iteration, config.seed, data.balance)
+        self.eval_prompts = evaluation_prompts(
+            load_prompts(data.eval_prompts or data.prompts, "held_out"), data.evaluation.num_samples
+        )
+        self.conditions = Conditions(encode=self.policy.encode)
+        self.hub = RewardHub([entry.entry() for entry in config.rewards], device=self.engine.device)
+        self.measures = [resolve(name, "flowrl.measures") for name in data.evaluation.measures]
+        o = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.policy.trainable_parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
+        )
+        self.updater = Updater(
+            policy=self.policy, algorithm=self.algorithm, optimizer=self.optimizer, engine=self.engine,
+            updates=o.updates_per_iteration, micro_batch=o.micro_batch, max_grad_norm=o.max_grad_norm,
+            max_skipped=o.max_skipped, seed=config.seed,
+        )  # fmt: skip
+        self.iteration = 0
+        self.seconds = 0.0
+        """Training time of all iterations so far, evaluations and checkpoints excluded."""
+        self.evaluations: dict[str, dict[str, Any]] = {}
+        self.signal: int | None = None
+        if resume:
+            self._resume()
+        self.log = RunLog(self.folder, config.log, resume_at=self.iteration, total=config.iterations, main=self.main)
+
+    # -------------------------------------------------------------------------------------------- the story
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last iteration; returns the summary, which is also written to `summary.json`."""
+        self._listen()
+        self.hub.warmup()
+        if self.main:
+            (self.folder / "config.yaml").write_text(dump(self.config))
+        if self.iteration == 0:
+            self._evaluate()
+        while self.iteration < self.config.iterations:
+            self.log.write(self.iteration, self.step(self.iteration))
+            self.iteration += 1
+            done = self.iteration == self.config.iterations
+            if done or self.iteration % self.config.evaluate_every == 0:
+                self._evaluate()
+            if self._asked_to_stop() and not done:
+                self._save()
+                self._leave()
+            if done or self.iteration % self.config.checkpoint_every == 0:
+                self._save()
+        return self._finish()
+
+    def step(self, iteration: int) -> dict[str, float]:
+        """One iteration; returns its metrics."""
+        config, phase = self.config, PhaseTimer()
+        calls_before = dict(self.policy.calls)
+
+        with phase("prompts"):
+            prompts = self.sampler(iteration)
+            slots = shard(list(range(len(prompts))), self.engine.rank, self.engine.world)
+            mine = [prompts[slot] for slot in slots]
+
+        with phase("plan"):
+            times = self.policy.model.times(self.algorithm.num_steps, self.geometry.height, self.geometry.width)
+            plan = self.algorithm.plan(times, iteration, config.data.samples_per_prompt, config.seed)
+            rate = self._set_learning_rate(iteration)
+
+        error: BaseException | None = None
+        batch, result = None, None
+        try:
+            with phase("collect"):
+                batch = roll_out(
+                    self.policy, self.algorithm, plan, mine, slots, self.conditions, self.geometry,
+                    samples_per_prompt=config.data.samples_per_prompt, iteration=iteration, seed=config.seed,
+                )  # fmt: skip
+                tickets = decode_and_submit(self.policy, batch, self.hub, self.geometry)
+            with phase("score"):
+                result = _join([self.hub.result(ticket) for ticket in tickets])
+        except Exception as e:
+            error = e
+        raise_together(self.engine, error)
+        assert batch is not None and result is not None
+        fault("train.scored")
+
+        with phase("gather"):
+            table, scores = self._gather(batch, result)
+
+        with phase("credit"):
+            advantages = self.algorithm.credit(self._with_everyones_rewards(batch, table))
+            batch = replace(batch, rewards=result.total.double(), advantages=advantages)
+
+        with phase("update"):
+            edges_per_prompt = plan.num_edges(config.data.samples_per_prompt // plan.leaves_per_root)
+            metrics = self.updater.run(
+                batch, edge_ids(batch, slots, edges_per_prompt), edges_per_prompt * len(prompts), iteration
+            )
+        fault("train.updated")
+
+        self.seconds += phase.total
+        calls = {role: self.policy.calls[role] - calls_before.get(role, 0) for role in ("rollout", "train", "reference")}
+        return (
+            metrics
+            | reward_metrics(table, scores, config.data.samples_per_prompt)
+            | {f"calls/{role}": float(self._total(count)) for role, count in calls.items()}
+            | {f"time/{name}": seconds for name, seconds in phase.seconds.items()}
+            | {"time/iteration": phase.total, "time/total": self.seconds, "lr": rate}
+        )
+
+    # -------------------------------------------------------------------------------------------- parts of it
+
+    def _build_policy(self) -> Policy:
+        config = self.config
+        model = load(
+            config.model.path, family=config.model.family, dtype=getattr(torch, config.model.dtype),
+            **{k: v for k, v in {"max_sequence_length": config.model.max_sequence_length}.items() if v is not None},
+        )  # fmt: skip
+        return Policy(
+            model, lora=config.model.lora and config.model.lora.model_dump(), guidance=config.model.guidance,
+            ema_decay=config.optimizer.ema_decay, reference=self.algorithm.needs.reference,
+            gradient_checkpointing=config.model.gradient_checkpointing, device=self.engine.device, seed=config.seed,
+        )  # fmt: skip
+
+    def _set_learning_rate(self, iteration: int) -> float:
+        o = self.config.optimizer
+        update, updates = (i * o.updates_per_iteration for i in (iteration, self.config.iterations))
+        rate = o.lr * learning_rate_factor(update, updates, o.schedule, o.warmup, o.min_lr_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _gather(self, batch: Batch, result: HubResult) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards of all processes as one dense table [P*K] in the order of the prompts, and every score's; NaN = none."""
+        per_prompt = self.config.data.samples_per_prompt
+        size = self.config.data.prompts_per_iteration * per_prompt
+        place = leaf_places(batch, per_prompt)
+        columns = [result.total.double(), *(score.double() for score in result.scores.values())]
+        table = torch.zeros(2, len(columns), size, dtype=torch.float64)
+        for i, column in enumerate(columns):
+            valid = column.isfinite()
+            table[0, i, place[valid]] = column[valid]
+            table[1, i, place[valid]] = 1.0
+        value, seen = self.engine.sum(table)
+        value[seen == 0] = math.nan
+        return value[0], dict(zip(result.scores, value[1:], strict=True))
+
+    def _with_everyones_rewards(self, batch: Batch, table: Tensor) -> Batch:
+        """The batch as `credit` sees it: this process's edges over the samples of all processes."""
+        per_prompt = self.config.data.samples_per_prompt
+        trajectory = batch.trajectory
+        leaves = torch.zeros(len(trajectory), len(table), dtype=torch.bool, device=trajectory.leaves.device)
+        leaves[:, leaf_places(batch, per_prompt).to(leaves.device)] = trajectory.leaves
+        group = torch.arange(len(table) // per_prompt, device=leaves.device).repeat_interleave(per_prompt)
+        return replace(batch, trajectory=replace(trajectory, leaves=leaves, group=group), rewards=table.to(leaves.device))
+
+    def _total(self, count: int) -> int:
+        return int(self.engine.sum(torch.tensor(count, dtype=torch.float64)).item())
+
+    def _evaluate(self) -> None:
+        """Score the held-out prompts (main process), save the picture, and remember the summary under the iteration."""
+        if self.main and self.eval_prompts:
+            settings = self.config.data.evaluation
+            found = evaluate(
+                self.policy, self.eval_prompts, self.hub, self.conditions, self.geometry, num_steps=settings.num_steps,
+                seed=settings.seed, measures=self.measures, batch=settings.batch_size,
+            )  # fmt: skip
+            self.evaluations[str(self.iteration)] = found.summary() | {"train_seconds": self.seconds}
+            save_grid(found, self.folder / "samples" / f"{self.iteration:06d}.png", settings.grid_prompts)
+            self._remember_scores(found)
+            self.log.evaluation(self.iteration, self.evaluations[str(self.iteration)])
+        self.engine.barrier()
+
+    def _remember_scores(self, found: Evaluation) -> None:
+        """Per-sample scores beside the picture: what paired standard errors are made of."""
+        rows = {name: [None if math.isnan(x) else x for x in score.tolist()] for name, score in found.scores.items()}
+        path = self.folder / "samples" / f"{self.iteration:06d}.json"
+        path.write_text(json.dumps({"prompts": [p.text for p in found.prompts], "scores": rows}))
+
+    # -------------------------------------------------------------------------------------------- stopping, going on
+
+    def _listen(self) -> None:
+        """The first Ctrl-C or SIGTERM ends the run after the iteration at hand; the second ends it now."""
+
+        def handler(number: int, frame: FrameType | None) -> None:
+            if self.signal is not None:
+                os._exit(128 + number)
+            self.signal = number
+            if self.main:
+                self.log.say(f"{signal.Signals(number).name}: finishing this iteration, then saving. Once more quits now.")
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+    def _asked_to_stop(self) -> bool:
+        return self._total(0 if self.signal is None else 1) > 0
+
+    def _leave(self) -> None:
+        number = self.signal or signal.SIGTERM
+        if self.main:
+            self._status("interrupted")
+            self.log.say(f"saved at iteration {self.iteration}; go on with: flowrl train {self.folder}/config.yaml --resume")
+        self._close()
+        raise Interrupted(128 + number)
+
+    def _status(self, state: str) -> None:
+        (self.folder / "status.json").write_text(json.dumps({"state": state, "iteration": self.iteration}) + "\n")
+
+    def _save(self) -> None:
+        """The state of the run after `iteration` iterations; noise and prompts are functions of it and need no saving."""
+        if self.main:
+            tensors, optimizer = flatten_optimizer(self.optimizer)
+            tensors = {f"optimizer.{k}": v for k, v in tensors.items()}
+            tensors |= {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
+            meta = {
+                "iteration": self.iteration, "optimizer": optimizer, "skipped": self.updater.skipped,
+                "evaluations": self.evaluations, "seconds": self.seconds, "identity": identity(self.config),
+            }  # fmt: skip
+            checkpoint.save(self.folder / "checkpoints", self.iteration, tensors, meta, keep=self.config.keep_checkpoints)
+        self.engine.barrier()
+
+    def _resume(self) -> None:
+        """Take up the newest valid checkpoint; everything must be as it was, or the run stops here and says why."""
+        state = checkpoint.latest_valid(self.folder / "checkpoints")
+        before, now = state.meta["identity"], json.loads(json.dumps(identity(self.config)))
+        changed = [f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if changed:
+            raise CheckpointError(
+                f"this is not the run that {state.path} belongs to: " + "; ".join(changed) + ". "
+                "Put the old values back, or start a new run with another output_dir."
+            )
+        tensors = {name: {} for name in ("policy", "optimizer")}
+        for key, tensor in state.tensors.items():
+            part, _, rest = key.partition(".")
+            tensors[part][rest] = tensor
+        self.policy.load_state_dict(tensors["policy"])
+        restore_optimizer(self.optimizer, tensors["optimizer"], state.meta["optimizer"])
+        self.iteration, self.updater.skipped = state.meta["iteration"], state.meta["skipped"]
+        self.evaluations, self.seconds = state.meta["evaluations"], state.meta["seconds"]
+
+    def _finish(self) -> dict[str, Any]:
+        """Weights, summary and report."""
+        numbers = sorted(int(k) for k in self.evaluations)
+        summary: dict[str, Any] = {
+            "iterations": self.iteration, "train_seconds": self.seconds, "seed": self.config.seed,
+            "base": self.evaluations.get(str(numbers[0])) if numbers else None,
+            "final": self.evaluations.get(str(numbers[-1])) if numbers else None,
+        }  # fmt: skip
+        if self.main:
+            steps = self.config.data.evaluation.num_steps
+            self.policy.export(self.folder / "weights", inference={"num_inference_steps": steps})
+            (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            write_report(self.folder)
+            self._status("finished")
+            self.log.summary(summary)
+        self._close()
+        return summary
+
+    def _close(self) -> None:
+        self.hub.close()
+        self.log.close()
+        if self.lock is not None:
+            self.lock.release()
+        self.engine.close()
+
+
+def leaf_places(batch: Batch, samples_per_prompt: int) -> Tensor:
+    """Where each sample [B] stands in the iteration's table of all samples: prompt by prompt, in order within each."""
+    slot = batch.trajectory.group.cpu()
+    place = torch.empty_like(slot)
+    for s in slot.unique():
+        rows = torch.nonzero(slot == s).flatten()
+        place[rows] = s * samples_per_prompt + torch.arange(len(rows))
+    return place
+
+
+def reward_metrics(table: Tensor, scores: Mapping[str, Tensor], samples_per_prompt: int) -> dict[str, float]:
+    """Mean and spread of the reward and of every score over the samples with a verdict."""
+    groups = table.view(-1, samples_per_prompt)
+    spread = torch.stack([g[g.isfinite()].std(correction=0) if g.isfinite().sum() > 1 else g.new_zeros(()) for g in groups])
+    out = {
+        "reward/mean": table.nanmean().item(),
+        "reward/std": table[table.isfinite()].std(correction=0).item(),
+        "reward/group_std": spread.mean().item(),
+        "reward/no_verdict_frac": table.isnan().double().mean().item(),
+        "zero_std_frac": (spread < 1e-6).double().mean().item(),
+    }
+    return out | {f"score/{name}": score.nanmean().item() for name, score in scores.items()}
+
+
+def _join(results: list[HubResult]) -> HubResult:
+    """The results of several tickets under each other."""
+    return HubResult(
+        total=torch.cat([r.total for r in results]),
+        scores={name: torch.cat([r.scores[name] for r in results]) for name in results[0].scores},
+        parts={
+            name: {part: torch.cat([r.parts[name][part] for r in results]) for part in parts}
+            for name, parts in results[0].parts.items()
+        },
+        info=[row for r in results for row in r.info],
+        seconds={name: sum(r.seconds[name] for r in results) for name in results[0].seconds},
+    )

@@ -1,0 +1,153 @@
+"""The update phase: from a credited batch to optimiser steps, with gradients that do not depend on how the work is cut.
+
+Symbols: E edges of this process, N edges of an optimiser step over all processes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flowrl.algorithms.aggregate import merge_metrics
+from flowrl.engine import Engine, raise_together
+from flowrl.policy import Policy
+from flowrl.types import Algorithm, Batch
+from samplers import stable_seed
+
+
+class UpdateError(RuntimeError):
+    """Training cannot go on: gradients stay non-finite."""
+
+
+@dataclass(kw_only=True)
+class Updater:
+    """Everything an optimiser step needs; `skipped` counts steps in a row that were left out as non-finite."""
+
+    policy: Policy
+    algorithm: Algorithm
+    optimizer: torch.optim.Optimizer
+    engine: Engine
+    updates: int
+    """Optimiser steps an iteration."""
+    micro_batch: int | None
+    """Edges in one forward and backward pass; None = all of an update."""
+    max_grad_norm: float | None
+    max_skipped: int
+    seed: int
+    skipped: int = 0
+
+    def run(self, batch: Batch, edge_id: Tensor, num_ids: int, iteration: int) -> dict[str, float]:
+        """All optimiser steps of an iteration; returns metrics over all processes.
+
+        `edge_id` [E] numbers the edges over all processes in [0, num_ids), so that which edges share an optimiser step
+        is a function of (seed, iteration) and not of the number of processes.
+        """
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, iteration, -2))
+        order = torch.randperm(num_ids, generator=generator).tensor_split(self.updates)
+        place = torch.full((num_ids,), -1)
+        for update, ids in enumerate(order):
+            place[ids] = update
+        update_of = place[edge_id.cpu()]
+        metrics = [self._step(batch, torch.nonzero(update_of == u).flatten()) for u in range(self.updates)]
+        out = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+        out["ratio_first_update"] = metrics[0].get("ratio_max_dev", math.nan)
+        out["ratio_max_dev"] = max(m.get("ratio_max_dev", 0.0) for m in metrics)
+        out["skipped_updates"] = sum(m["skipped_updates"] for m in metrics)
+        return out
+
+    def _step(self, batch: Batch, mine: Tensor) -> dict[str, float]:
+        """One optimiser step on the edges `mine` of this process."""
+        total = int(self.engine.sum(torch.tensor(float(len(mine)))).item())
+        self.optimizer.zero_grad(set_to_none=False)
+        parts, counts = [], []
+        error: BaseException | None = None
+        try:
+            with self.policy.role("train"):
+                for part in self._micro_batches(batch, mine):
+                    loss = self.algorithm.loss(self.policy, part)
+                    (loss.value * (len(part.trajectory) / total)).backward()
+                    parts.append(loss.metrics)
+                    counts.append(len(part.trajectory))
+        except Exception as e:  # told to the other processes before they wait for this one's gradients
+            error = e
+        raise_together(self.engine, error)
+        self._sum_gradients()
+        parameters = self.policy.trainable_parameters()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
+        merged = self._merge({k: v.item() for k, v in merge_metrics(parts, counts).items()}, sum(counts))
+        merged |= {"grad_norm": norm.item(), "skipped_updates": 0.0}
+        if not torch.isfinite(norm):
+            return self._skip(merged)
+        self.skipped = 0
+        # Without credit or KL the gradient is exactly 0; Adam's momentum and the weight decay would still move the weights.
+        if norm > 0:
+            self.optimizer.step()
+            self.policy.update_average()
+        return merged
+
+    def _micro_batches(self, batch: Batch, mine: Tensor) -> Iterator[Batch]:
+        assert batch.advantages is not None
+        device = batch.trajectory.x.device
+        for index in mine.split(self.micro_batch or len(mine)) if len(mine) else ():
+            index = index.to(device)
+            yield replace(batch, trajectory=batch.trajectory.select(index), advantages=batch.advantages[index])
+
+    def _sum_gradients(self) -> None:
+        """Add up the processes' gradients in one flat buffer."""
+        if self.engine.world == 1:
+            return
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.policy.trainable_parameters()]
+        flat = self.engine.sum(torch.cat([g.flatten() for g in gradients]))
+        for p, g in zip(self.policy.trainable_parameters(), flat.split([g.numel() for g in gradients]), strict=True):
+            p.grad = g.view_as(p).clone()
+
+    def _merge(self, metrics: dict[str, float], count: int) -> dict[str, float]:
+        """Metrics over the edges of all processes: the largest of each `*_max*`, else the mean over edges."""
+        if self.engine.world == 1:
+            return metrics
+        told = [json.loads(text) for text in self.engine.gather_text(json.dumps([metrics, count]))]
+        told = [(m, n) for m, n in told if n]
+        merged = {}
+        for name in told[0][0]:
+            values = [(m[name], n) for m, n in told]
+            mean = sum(v * n for v, n in values) / sum(n for _, n in values)
+            merged[name] = max(v for v, _ in values) if "_max" in name else mean
+        return merged
+
+    def _skip(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Leave weights, averages and optimiser untouched; give up after too many such steps in a row."""
+        self.skipped += 1
+        if self.skipped > self.max_skipped:
+            raise UpdateError(
+                f"the gradient was not finite in {self.skipped} optimiser steps in a row (loss metrics of the last: "
+                f"{metrics}). The weights are those before the first of them. Lower optimizer.lr or algorithm.clip_range, "
+                "or train in float32."
+            )
+        return metrics | {"skipped_updates": 1.0}
+
+
+def edge_ids(batch: Batch, slots: list[int], edges_per_prompt: int) -> Tensor:
+    """A number for each edge [E] that no other edge of the iteration has, whichever process holds it."""
+    prompt = batch.trajectory.prompt.cpu()
+    within = torch.zeros_like(prompt)
+    for p in range(len(slots)):
+        rows = torch.nonzero(prompt == p).flatten()
+        within[rows] = torch.arange(len(rows))
+    return torch.tensor(slots, dtype=torch.long)[prompt] * edges_per_prompt + within
+
+
+def learning_rate_factor(update: int, updates: int, schedule: str, warmup: int, floor: float) -> float:
+    """What the learning rate is multiplied by in an update: linear warm-up, then constant, linear or cosine decay."""
+    if update < warmup:
+        return (update + 1) / warmup
+    along = (update - warmup) / max(1, updates - warmup)
+    if schedule == "linear":
+        return floor + (1 - floor) * (1 - along)
+    if schedule == "cosine":
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * along))
+    return 1.0

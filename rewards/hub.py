@@ -1,0 +1,167 @@
+"""All rewards of a run: samples in, one total and every score out, while the caller goes on with something else.
+
+    with RewardHub([{"use": "ocr", "weight": 0.5}, "pixel.brightness"]) as hub:
+        ticket = hub.submit(samples)          # returns at once
+        ...                                   # the next rollout
+        result = hub.result(ticket)           # waits for what is not done yet
+
+Every device has one lane: a thread that takes jobs in the order in which they came. Rewards on different devices run at
+the same time, those on one device after each other, so that they do not fight for its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from rewards.combine import Rule, combine
+from rewards.entries import place, read_entries
+from rewards.media import broken_media
+from rewards.scorer import NanWatch, Scorer
+from rewards.types import RewardContractError, Sample, Scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HubResult:
+    """What the rewards said about N samples; all tensors are fp32 on the CPU."""
+
+    total: Tensor
+    """[N] the weighted sum that is trained on; NaN = no verdict."""
+    scores: dict[str, Tensor]
+    """{reward: [N]} raw scores, in the order of the config."""
+    parts: dict[str, dict[str, Tensor]]
+    """{reward: {part: [N]}}"""
+    info: list[dict[str, dict[str, Any]]]
+    """Per sample {reward: info}; `error` says why there is no verdict."""
+    seconds: dict[str, float]
+    """{reward: time it took, waiting excluded}"""
+
+    @property
+    def nan_frac(self) -> dict[str, float]:
+        """{reward: share of the samples without a verdict}"""
+        return {name: value.isnan().float().mean().item() for name, value in self.scores.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ticket:
+    """A claim on scores that are being made; `RewardHub.result` redeems it, once."""
+
+    group: Tensor
+    futures: dict[str, Future[tuple[Scores, float]]]
+
+
+class RewardHub:
+    """The rewards of a config, loaded when first needed, on one lane per device."""
+
+    def __init__(
+        self,
+        entries: Any,
+        *,
+        device: str | torch.device = "auto",
+        renormalise: bool = False,
+        max_nan_frac: float = 0.5,
+    ) -> None:
+        """`entries` as in `rewards.entries`; `device` "auto" is the current GPU where there is one.
+
+        `renormalise` lets the rewards that answered stand in for those that did not. A run stops when the share of
+        samples without a verdict from one reward stays above `max_nan_frac`.
+        """
+        self._renormalise = renormalise
+        read = read_entries(entries, place(device))
+        self._scorers: dict[str, Scorer] = {scorer.name: scorer for scorer, _ in read}
+        self.rules: dict[str, Rule] = {scorer.name: rule for scorer, rule in read}
+        self._watches = {
+            name: NanWatch(name=name, max_nan_frac=max_nan_frac) for name, rule in self.rules.items() if rule.counts
+        }
+        self._lanes = {
+            device: ThreadPoolExecutor(1, thread_name_prefix=f"reward-{device}")
+            for device in {scorer.device for scorer in self._scorers.values()}
+        }
+
+    def submit(self, samples: Sequence[Sample]) -> Ticket:
+        """Have all rewards score the samples; returns without waiting for them."""
+        batch = _checked(samples)
+        broken = broken_media(batch)
+        ready = _mark(batch)
+
+        def job(scorer: Scorer) -> Callable[[], tuple[Scores, float]]:
+            def score() -> tuple[Scores, float]:
+                for event in ready:
+                    event.wait()
+                return scorer.run(batch, broken)
+
+            return score
+
+        futures = {name: self._lanes[scorer.device].submit(job(scorer)) for name, scorer in self._scorers.items()}
+        return Ticket(group=torch.tensor([sample.group for sample in batch]), futures=futures)
+
+    def result(self, ticket: Ticket) -> HubResult:
+        """Wait for a ticket's scores; raises what a reward raised."""
+        done = {name: future.result() for name, future in ticket.futures.items()}
+        for name, watch in self._watches.items():
+            watch.see(done[name][0])
+        scores = {name: answer.value for name, (answer, _) in done.items()}
+        return HubResult(
+            total=self.combine(scores, ticket.group),
+            scores=scores,
+            parts={name: answer.parts for name, (answer, _) in done.items()},
+            info=[{name: done[name][0].info[row] for name in done} for row in range(len(ticket.group))],
+            seconds={name: seconds for name, (_, seconds) in done.items()},
+        )
+
+    def __call__(self, samples: Sequence[Sample]) -> HubResult:
+        """Score now and wait."""
+        return self.result(self.submit(samples))
+
+    def combine(self, scores: Mapping[str, Tensor], group: Tensor) -> Tensor:
+        """Total [N] of raw scores {name: [N]}, for callers that gather scores from several processes first."""
+        return combine(scores, self.rules, group, renormalise=self._renormalise)
+
+    def warmup(self, samples: Sequence[Sample] | None = None) -> dict[str, float]:
+        """Load every reward and let it score two samples (made up, or yours); seconds by reward.
+
+        Here every exception raises, whatever `on_error` says: a reward that fails before the first iteration is not a
+        reward with an unlucky sample. A reward that needs `meta` is only loaded, unless your samples have it.
+        """
+        given = None if samples is None else _checked(samples)
+        futures = {name: self._lanes[s.device].submit(s.warm, given) for name, s in self._scorers.items()}
+        return {name: future.result() for name, future in futures.items()}
+
+    def close(self) -> None:
+        """Drop what has not started, wait for what has, and let the weights go."""
+        for lane in self._lanes.values():
+            lane.shutdown(wait=True, cancel_futures=True)
+        for scorer in self._scorers.values():
+            scorer.unload()
+
+    def __enter__(self) -> Self:
+        """The hub itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+
+def _checked(samples: Sequence[Sample]) -> list[Sample]:
+    for index, sample in enumerate(samples):
+        if not isinstance(sample, Sample):
+            raise RewardContractError(
+                f"item {index} is a {type(sample).__name__}; the hub takes rewards.Sample(media=..., prompt=...)"
+            )
+    return list(samples)
+
+
+def _mark(samples: Sequence[Sample]) -> list[torch.cuda.Event]:
+    """Events after which media that a GPU is still making is complete."""
+    events = []
+    for device in {sample.media.device for sample in samples if sample.media.is_cuda}:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        events.append(event)
+    return events

@@ -1,0 +1,153 @@
+"""What every algorithm owes, checked for each one in the folder; a new file is picked up by being there."""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import flowrl.algorithms
+from flowrl.types import Hyperparameters
+from samplers import Plan, linear_times
+from tests.algorithms.toy import ToyPolicy, collect, gradient, select
+
+SDES = {"flow_sde": 0.7, "dance_sde": 0.3, "wan_sde": 0.8, "cps": 0.6, "ddim": 0.8}
+
+
+def algorithms():
+    names = [module.name for module in pkgutil.iter_modules(flowrl.algorithms.__path__)]
+    modules = [importlib.import_module(f"flowrl.algorithms.{name}") for name in names]
+    return [
+        thing
+        for module in modules
+        for thing in vars(module).values()
+        if inspect.isclass(thing) and issubclass(thing, Hyperparameters) and thing.__module__ == module.__name__
+    ]
+
+
+ALL = algorithms()
+every = pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+
+
+@pytest.fixture(autouse=True)
+def double_precision_is_not_needed():
+    """Everything below runs in the default dtype, as training does."""
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_folder_was_listed():
+    assert {"FlowGRPO", "MixGRPO"} <= {cls.__name__ for cls in ALL}
+
+
+@every
+def test_fields_are_documented_and_have_defaults(cls):
+    for name, field in cls.model_fields.items():
+        assert field.description, f"{cls.__name__}.{name} has no description"
+        assert not field.is_required(), f"{cls.__name__}.{name} has no default"
+    assert "arXiv:" in (cls.__doc__ or "").splitlines()[0]
+    assert "| symbol |" in (inspect.getmodule(cls).__doc__ or "")
+
+
+@every
+def test_record_is_frozen_strict_and_survives_a_round_trip(cls):
+    record = cls()
+    assert cls.model_validate_json(record.model_dump_json()) == record
+    with pytest.raises(ValidationError, match="frozen"):
+        record.eta = 0.1
+    with pytest.raises(ValidationError, match="clip_rnge"):
+        cls(clip_rnge=1e-4)
+
+
+@every
+def test_plan_is_a_pure_function_with_something_to_train(cls):
+    algorithm = cls()
+    for iteration in (0, 1, 7, 100, 10_000):
+        plans = [cls().plan(linear_times(algorithm.num_steps), iteration, 8, seed) for seed in (0, 0)]
+        assert isinstance(plans[0], Plan)
+        assert plans[0] == plans[1]
+        assert 8 % plans[0].leaves_per_root == 0
+        if algorithm.needs.logprobs:
+            assert plans[0].num_stochastic >= 1
+            assert not plans[0].stochastic[-1], "noise of the last step would stay in the sample"
+
+
+@every
+def test_groups_of_one_are_refused(cls):
+    algorithm = cls()
+    with pytest.raises(ValueError, match="samples_per_prompt=1.*at least 2"):
+        algorithm.plan(linear_times(algorithm.num_steps), 0, 1, 0)
+
+
+@every
+@pytest.mark.parametrize("sde", SDES)
+@pytest.mark.parametrize("shared_noise", [False, True])
+def test_first_update_is_exactly_on_policy(cls, sde, shared_noise):
+    """Ratio 1, loss = -mean A, and the gradient -mean A dlogp."""
+    algorithm = cls(sde=sde, eta=SDES[sde], shared_noise=shared_noise)
+    policy = ToyPolicy()
+    batch = collect(algorithm, policy)
+    loss, grad = gradient(algorithm, policy, batch)
+    assert float(loss.metrics["ratio_max_dev"]) <= 1e-6
+    assert float(loss.metrics["clip_frac"]) == 0
+    assert float(loss.metrics["policy_loss"]) == pytest.approx(-float(batch.advantages.mean()), abs=1e-5)
+    assert loss.value.isfinite()
+    assert grad.isfinite().all()
+    assert grad.abs().min() > 0
+    assert all(not value.requires_grad and value.isfinite() for value in loss.metrics.values())
+
+
+@every
+def test_edges_without_credit_have_no_policy_gradient(cls):
+    algorithm, policy = cls(kl_coef=0.0), ToyPolicy()
+    batch = collect(algorithm, policy)
+    with torch.no_grad():
+        policy.bias += 0.01
+    batch.advantages = torch.where(torch.arange(len(batch.trajectory)) % 2 == 0, batch.advantages, 0.0)
+    _, expected = gradient(algorithm, policy, select(batch, torch.arange(0, len(batch.trajectory), 2)))
+    _, found = gradient(algorithm, policy, batch)
+    torch.testing.assert_close(found, expected / 2, rtol=1e-4, atol=1e-7)
+    batch.advantages = torch.zeros(len(batch.trajectory))
+    assert (gradient(algorithm, policy, batch)[1] == 0).all()
+
+
+@every
+def test_a_sample_without_a_verdict_is_as_if_never_drawn(cls):
+    """R1: NaN gives credit 0, and dropping its edges gives the gradient of a run without it."""
+    algorithm, policy = cls(kl_coef=0.0), ToyPolicy()
+    batch = collect(algorithm, policy)
+    batch.rewards[3] = float("nan")
+    valid = ~batch.rewards.isnan()
+    batch.advantages = algorithm.credit(batch)
+    assert (batch.advantages[batch.trajectory.leaves[:, 3]] == 0).all()
+    kept = batch.trajectory.leaves[:, valid].any(1)
+    _, found = gradient(algorithm, policy, select(batch, kept.nonzero().flatten()))
+    batch.trajectory, batch.rewards = batch.trajectory.keep_leaves(valid), batch.rewards[valid]
+    batch.advantages = algorithm.credit(batch)
+    _, expected = gradient(algorithm, policy, batch)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@every
+def test_constant_rewards_give_no_credit(cls):
+    algorithm = cls()
+    batch = collect(algorithm, ToyPolicy())
+    batch.rewards = torch.full_like(batch.rewards, 0.3) + 1e-7 * torch.rand(len(batch.rewards))
+    assert (algorithm.credit(batch) == 0).all()
+
+
+@every
+def test_credit_follows_the_samples_order(cls):
+    """Renumbering the samples renumbers nothing else: an edge keeps its credit."""
+    algorithm = cls()
+    batch = collect(algorithm, ToyPolicy())
+    before = algorithm.credit(batch)
+    order = torch.randperm(batch.trajectory.num_leaves, generator=torch.Generator().manual_seed(0))
+    shuffled = {name: getattr(batch.trajectory, name)[order] for name in ("x0", "group", "leaf_prompt")}
+    fields = {
+        name: getattr(batch.trajectory, name) for name in ("x", "x_next", "t", "t_next", "step", "prompt", "logprob")
+    }
+    batch.trajectory = type(batch.trajectory)(leaves=batch.trajectory.leaves[:, order], **shuffled, **fields)
+    batch.rewards = batch.rewards[order]
+    torch.testing.assert_close(algorithm.credit(batch), before, rtol=1e-6, atol=0)

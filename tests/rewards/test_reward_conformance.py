@@ -1,0 +1,133 @@
+"""Every reward of the folder keeps the contract. A new module is found here by itself."""
+
+import copy
+import socket
+
+import pytest
+import torch
+
+from rewards import RewardHub, Scores, available, build, traits_of
+from tests.rewards.makers import noise, text
+
+PROMPTS = ["a red circle", 'a sign that says "hello"', "two squares", "a star above a blue triangle", "anything else"]
+NAMES = [name for name in available()]
+
+
+def samples_for(traits, count):
+    """Noise, a drawn word and prompts of several kinds; one group, so that rewards of groups can be asked too."""
+    frames = None if "image" in traits.media else 4
+    made = [noise(seed, 96, frames=frames, prompt=PROMPTS[seed % 5], fps=8.0) for seed in range(count)]
+    if frames is None and count > 1:
+        made[1] = text("hello", 96, 24, prompt=PROMPTS[1])
+    return made
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Any attempt to reach a network is an error."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a reward tried to reach the network")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def loaded(name):
+    """The reward, built without options and loaded, with its traits."""
+    reward = build(name)
+    if hasattr(reward, "load"):
+        reward.load(torch.device("cpu"), torch.float32)
+    return reward, traits_of(reward)
+
+
+@pytest.fixture(scope="module")
+def hub(name):
+    with RewardHub({"use": name, "on_error": "raise"}, device="cpu") as made:
+        yield made
+
+
+def test_it_has_a_docstring(name, loaded):
+    from rewards.resolve import resolve
+
+    assert (resolve(name).__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_it_answers_every_sample_with_fp32(hub, loaded, count):
+    samples = samples_for(loaded[1], count)
+    raw = loaded[0].score(samples)
+    value = raw.value if isinstance(raw, Scores) else raw
+    assert len(value) == count
+    if isinstance(value, torch.Tensor):
+        assert value.dtype == torch.float32
+    result = hub(samples)
+    assert result.total.shape == (count,)
+    assert not result.total.isinf().any()
+
+
+def test_it_has_a_verdict_on_something(hub, loaded):
+    assert not hub(samples_for(loaded[1], 5)).total.isnan().all()
+
+
+def test_it_stays_within_its_declared_range(hub, loaded):
+    if loaded[1].range is not None:
+        low, high = loaded[1].range
+        value = hub(samples_for(loaded[1], 5)).total
+        assert value[~value.isnan()].min() >= low - 1e-6
+        assert value[~value.isnan()].max() <= high + 1e-6
+
+
+def test_a_sample_scores_the_same_alone_and_in_a_batch(hub, loaded):
+    if loaded[1].scope == "sample":
+        samples = samples_for(loaded[1], 5)
+        alone = torch.cat([hub([sample]).total for sample in samples])
+        torch.testing.assert_close(hub(samples).total, alone, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+def test_deterministic_means_bitwise_equal(hub, loaded):
+    if loaded[1].deterministic:
+        samples = samples_for(loaded[1], 5)
+        first, again = hub(samples).total, hub(samples).total
+        torch.testing.assert_close(first, again, equal_nan=True, rtol=0, atol=0)
+
+
+def test_it_leaves_its_inputs_alone(loaded):
+    samples = samples_for(loaded[1], 3)
+    before = [(sample.media.clone(), copy.deepcopy(sample.meta)) for sample in samples]
+    loaded[0].score(samples)
+    for sample, (media, meta) in zip(samples, before, strict=True):
+        assert torch.equal(sample.media, media)
+        assert sample.meta == meta
+
+
+def test_gradients_reach_the_pixels_where_it_says_so(loaded):
+    reward, traits = loaded
+    if traits.differentiable:
+        samples = samples_for(traits, 3)
+        for sample in samples:
+            sample.media.requires_grad_()
+        raw = reward.score(samples)
+        value = raw.value if isinstance(raw, Scores) else raw
+        value.sum().backward()
+        for sample in samples:
+            assert sample.media.grad.isfinite().all()
+            assert sample.media.grad.abs().max() > 0
+
+
+def test_it_judges_videos_of_the_same_pixels_like_images(hub, loaded):
+    if loaded[1].media == {"image"} and loaded[1].scope == "sample":
+        image = samples_for(loaded[1], 2)[1]
+        video = type(image)(media=image.media.expand(4, 3, 96, 96), prompt=image.prompt, fps=8.0)
+        torch.testing.assert_close(hub([video]).total, hub([image]).total, equal_nan=True)
+
+
+def test_its_scores_can_be_had_in_every_form_of_the_config(name):
+    RewardHub(name), RewardHub([name]), RewardHub({name: 1.0}), RewardHub({"use": name, "weight": 1.0})

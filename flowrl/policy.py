@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -42,8 +42,8 @@ class Lora(BaseModel):
     alpha: float = 64.0
     targets: tuple[str, ...] | None = None
     """Module names to adapt, matched at their end; None: the attention layers of the model's family."""
-    init: str | bool = "gaussian"
-    """peft's `init_lora_weights`; B is zero in all the usual ones, so that training starts at the model itself."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """How A is drawn; B is zero, so that training starts at the model itself."""
 
 
 class Policy:
@@ -260,7 +260,7 @@ def _add_lora(module: Any, lora: Lora, targets: Sequence[str], seed: int) -> Non
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         target_modules=list(lora.targets or targets),
-        init_lora_weights=lora.init,  # type: ignore[arg-type]
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,  # True is kaiming-uniform
     )
     with torch.random.fork_rng(devices=[]):  # equal on every process, and the caller's randomness is left alone
         torch.manual_seed(seed)

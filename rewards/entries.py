@@ -20,7 +20,7 @@ import torch
 from rewards.cache import ScoreCache
 from rewards.combine import Rule, make_rule
 from rewards.functions import label, nearest
-from rewards.resolve import build
+from rewards.resolve import available, build
 from rewards.scorer import Scorer
 from rewards.types import RewardError, Traits, traits_of
 
@@ -50,11 +50,13 @@ KEYS = tuple(Entry.__dataclass_fields__)
 def read_entries(entries: Any, device: torch.device) -> list[tuple[Scorer, Rule]]:
     """Scorers and rules in the order of the entries; nothing is loaded yet."""
     read = [_read(entry, device) for entry in _as_list(entries)]
+    if not read:
+        raise RewardError("no reward is given; there are: " + ", ".join(available()))
     names = [scorer.name for scorer, _ in read]
     for name in names:
         if names.count(name) > 1:
             raise RewardError(f"two rewards are called {name!r}; tell them apart with `name:`")
-    if read and not any(rule.counts for _, rule in read):
+    if not any(rule.counts for _, rule in read):
         raise RewardError(f"every reward has weight 0 ({', '.join(names)}): nothing to train on; give one a weight")
     return read
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from rewards.media import to_pil
 from rewards.types import RewardError, Sample, declare
 
-__all__ = ["brightness", "contrast", "jpeg_compressibility", "jpeg_size", "redness", "saturation"]
+__all__ = ["brightness", "contrast", "jpeg_compressibility", "jpeg_size", "redness"]
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in JPEG itself
 
@@ -49,12 +49,6 @@ def contrast(samples: Sequence[Sample]) -> Tensor:
 def redness(samples: Sequence[Sample]) -> Tensor:
     """Mean of red minus the mean of green and blue: 1 = pure red, 0 = grey, -1 = cyan."""
     return torch.stack([(image[0] - (image[1] + image[2]) / 2).mean() for image in (s.media.float() for s in samples)])
-
-
-@declare(deterministic=True, differentiable=True, range=(0.0, 1.0))
-def saturation(samples: Sequence[Sample]) -> Tensor:
-    """Mean over the pixels of strongest minus weakest channel: 0 = grey, 1 = pure colours."""
-    return torch.stack([(image.amax(0) - image.amin(0)).mean() for image in (s.media.float() for s in samples)])
 
 
 def _luma(image: Tensor) -> Tensor:

@@ -219,7 +219,7 @@ class Scorer:
 
 @dataclass(kw_only=True)
 class NanWatch:
-    """Stops a run whose reward has gone: too few verdicts on the moving average, for several calls in a row."""
+    """Stops a run whose reward has gone: too few verdicts now and on the moving average, for several calls in a row."""
 
     name: str
     max_nan_frac: float
@@ -234,7 +234,7 @@ class NanWatch:
             return
         fraction = scores.value.isnan().float().mean().item()
         self.average = fraction if self.average is None else self.decay * self.average + (1 - self.decay) * fraction
-        self.strikes = self.strikes + 1 if self.average > self.max_nan_frac else 0
+        self.strikes = self.strikes + 1 if min(fraction, self.average) > self.max_nan_frac else 0
         if self.strikes >= self.patience:
             errors = [entry["error"] for entry in scores.info if "error" in entry]
             raise RewardError(

@@ -174,9 +174,9 @@ class Detections(NamedTuple):
 class _Blobs(NamedTuple):
     """B connected regions of N pictures.
 
-    image, rank among the image's blobs by area, hue (palette index) [B]; area [B] and centre xy [B,2] in pixels, to a
-    fraction of one; rgb [B,3] mean colour; corner [B,2] (x, y) of its window; mask [B,C,C] its pixels in the window, size
-    [B] their number in the whole picture; seen [B,C,C,3] the picture in the window.
+    image, rank among the image's blobs by area, hue (palette index) [B]; area [B] in pixels and centre xy [B,2] of all of
+    its pixels; rgb [B,3] mean colour; corner [B,2] (x, y) of its window; mask [B,C,C] its pixels in the window; free
+    [B,C,C] the pixels of no blob; seen [B,C,C,3] the picture in the window.
     """
 
     image: Tensor
@@ -187,7 +187,7 @@ class _Blobs(NamedTuple):
     rgb: Tensor
     corner: Tensor
     mask: Tensor
-    size: Tensor
+    free: Tensor
     seen: Tensor
 
 
@@ -210,7 +210,10 @@ def _detect(images: Tensor) -> Detections:
     squares = (pixels - BACKGROUND).square().sum(1)  # [N,S,S] squared distance from the plain background
     pixels = pixels.movedim(1, -1)
     blobs, num = _segment(pixels, squares, palette)
-    iou, shape, radius, cover = _match(blobs)
+    unit = torch.tensor([_unit_area(name) for name in SHAPES], device=pixels.device)
+    iou, cover = _match(blobs, unit)
+    shape = iou.argmax(1)
+    area, xy = _refine(blobs)
     flat = palette[blobs.hue] + (blobs.rgb - palette[blobs.hue]).clamp(-TINT_ALLOWED, TINT_ALLOWED)
     fill, background = _residual(pixels, squares, blobs, cover, flat)
 
@@ -224,8 +227,8 @@ def _detect(images: Tensor) -> Detections:
         color=table(blobs.hue, -1),
         iou=table(iou, 0.0),
         color_error=table((blobs.rgb[:, None] - palette).norm(dim=-1), math.inf),
-        xy=table(blobs.xy, 0.0),
-        radius=table(radius, 1.0),
+        xy=table(xy, 0.0),
+        radius=table((area / unit[shape]).sqrt(), 1.0),
         rgb=table(flat, 0.0),
         valid=table(torch.ones_like(blobs.image, dtype=torch.bool), False),
         num=num,
@@ -281,24 +284,7 @@ def _segment(pixels: Tensor, squares: Tensor, palette: Tensor) -> tuple[_Blobs, 
     near = node[_place(image[root], corner)]
     mask = (near >= 0) & (label[near] == root[:, None, None])
     seen = pixels[_place(image[root], corner)]
-    area, xy = _refine(seen, mask, near >= 0, color, size[root].float(), xy - corner)
-    return _Blobs(image[root], rank, hue[root], area, xy + corner, color, corner, mask, size[root].float(), seen), num
-
-
-def _refine(seen: Tensor, mask: Tensor, taken: Tensor, rgb: Tensor, area: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
-    """Area [B] and centre [B,2] to a fraction of a pixel: how much of the rim pixels each blob covers shows in their colour."""
-    direction = rgb - BACKGROUND
-    direction = direction / direction.square().sum(1, keepdim=True)
-    covered = ((seen - BACKGROUND) @ direction[:, :, None])[..., 0] if False else (
-        (seen - BACKGROUND) * direction[:, None, None]
-    ).sum(-1)
-    reach = _dilate(mask.float()) * (mask | ~taken)
-    covered = covered.clamp(0, 1) * reach
-    total = covered.sum((1, 2))
-    axis = torch.arange(_WINDOW, device=seen.device) + 0.5
-    centre = torch.stack([covered.sum(1) @ axis, covered.sum(2) @ axis], -1) / total[:, None]
-    whole = mask.sum((1, 2)) == area  # not of a blob that overflows the window
-    return torch.where(whole, total, area), torch.where(whole[:, None], centre, xy)
+    return _Blobs(image[root], rank, hue[root], size[root].float(), xy, color, corner, mask, near < 0, seen), num
 
 
 def _connect(count: int, a: Tensor, b: Tensor) -> Tensor:
@@ -319,19 +305,29 @@ def _place(image: Tensor, corner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return image[:, None, None], (corner[:, 1, None] + steps)[:, :, None], (corner[:, 0, None] + steps)[:, None, :]
 
 
-def _match(blobs: _Blobs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """IoU [B,4] of blobs with the four shapes of their own centre and area; best shape [B], its radius and coverage."""
-    unit = torch.tensor([_unit_area(name) for name in SHAPES], device=blobs.mask.device)
+def _match(blobs: _Blobs, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU [B,4] of blobs with the four shapes of their own centre and area; coverage [B,C,C] of the best."""
     radius = (blobs.area[:, None] / unit).sqrt()
     centre = (blobs.xy - blobs.corner)[:, None].expand(*radius.shape, 2)
     kinds = torch.arange(len(SHAPES), device=unit.device).expand_as(radius)
     cover = coverage(kinds, centre, radius, _WINDOW)
+    # both sides cut at half coverage, which a blur hardly moves; areas are those of the whole picture, so that a blob that
+    # fills its window does not match a giant shape
     common = (blobs.mask[:, None] & (cover >= 0.5)).sum((-2, -1))
-    # areas are those of the whole picture, so that a blob that fills its window does not match a giant shape
-    iou = common / (blobs.size[:, None] + blobs.area[:, None] - common)
-    shape = iou.argmax(1)
-    each = torch.arange(len(shape), device=shape.device)
-    return iou, shape, radius[each, shape], cover[each, shape]
+    iou = common / (2 * blobs.area[:, None] - common)
+    return iou, cover[torch.arange(len(iou), device=iou.device), iou.argmax(1)]
+
+
+def _refine(blobs: _Blobs) -> tuple[Tensor, Tensor]:
+    """Area [B] and centre [B,2] to a hundredth of a pixel: the colour of a rim pixel tells how much of it is covered."""
+    step = blobs.rgb - BACKGROUND
+    way = ((blobs.seen - BACKGROUND) * (step / step.square().sum(1, keepdim=True))[:, None, None]).sum(-1)
+    covered = way.clamp(0, 1) * _dilate(blobs.mask.float()) * (blobs.mask | blobs.free)
+    area = covered.sum((1, 2))
+    axis = torch.arange(_WINDOW, device=area.device) + 0.5
+    xy = torch.stack([covered.sum(1) @ axis, covered.sum(2) @ axis], -1) / area[:, None] + blobs.corner
+    overflows = blobs.mask.sum((1, 2)) < blobs.area
+    return torch.where(overflows, blobs.area, area), torch.where(overflows[:, None], blobs.xy, xy)
 
 
 def _unit_area(name: str) -> float:

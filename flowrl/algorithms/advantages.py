@@ -1,8 +1,8 @@
 """From rewards to credit: group-relative advantages of the samples, then of the edges that led to them.
 
 Symbols: B samples (leaves), G groups, E edges; r reward, A advantage. NaN (or infinite) reward = no verdict: the sample
-leaves its group's statistics and gets A = 0. All statistics are float64 and summed in sorted order, so they depend,
-to the last bit, neither on the order of the samples nor on how processes share them.
+leaves its group's statistics and gets A = 0. All statistics are float64, on the CPU, and summed in sorted order: they
+depend, to the last bit, neither on the order of the samples nor on how processes share them.
 """
 
 from typing import Literal, NamedTuple
@@ -53,11 +53,11 @@ def group_advantages(
     """A = (r - mean of the group) / (std + eps) for rewards and group numbers [B] (GRPO, arXiv:2402.03300).
 
     `std` is taken over the group, over all samples around their common mean ("global"), or left out ("none", Dr.GRPO,
-    arXiv:2503.20783). A group is dead, with A = 0, when it has fewer than two verdicts or when
-    its own std is at most 1e-6 max(1, max |r|), whichever std is divided by.
+    arXiv:2503.20783). A group is dead, with A = 0, when it has fewer than two verdicts or when its own std is at most
+    1e-6 max(1, max |r|), whichever std is divided by.
     Note: rewards on a scale below 1e-6 are therefore all dead (zero_std_frac = 1): scale them up.
     """
-    rewards = rewards.detach().double()
+    rewards = rewards.detach().cpu().double()
     valid = rewards.isfinite()
     names, member = torch.unique(group.to(rewards.device), return_inverse=True)
     num_groups = len(names)

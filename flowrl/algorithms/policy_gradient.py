@@ -18,7 +18,8 @@ def group_credit(batch: Batch, *, std: StdMode, eps: float, unbiased: bool = Fal
     if batch.rewards is None:
         raise ValueError("credit needs batch.rewards; score the samples first.")
     found = group_advantages(batch.rewards, batch.trajectory.group, std, eps, unbiased, clip)
-    return to_edges(found.value, batch.trajectory.leaves, found.valid).float()
+    leaves = batch.trajectory.leaves
+    return to_edges(found.value, leaves, found.valid).to(leaves.device, torch.float32)
 
 
 def current_step(policy: Policy, batch: Batch, kernel: Kernel, eta: float) -> Step:

@@ -18,9 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowrl import resolve as names
+from flowrl.types import Model
+
 BUILT_IN = {"shapes": "flowrl.shapes"}
 """Names of the models that lie inside this package, and the package whose folder `weights` holds them."""
 
+FAMILIES = "flowrl.models"
 INDEX = "model_index.json"
 INFERENCE = "inference.json"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -57,6 +61,46 @@ def resolve(path: str | Path) -> str:
     )
 
 
+def families() -> dict[str, tuple[str, ...]]:
+    """The diffusers pipelines that each family serves, by the family's name: the `pipelines` of its class."""
+    found = {name: getattr(names.resolve(name, FAMILIES), "pipelines", ()) for name in names.available(FAMILIES)}
+    return {name: pipelines for name, pipelines in found.items() if pipelines}
+
+
+def family_of(path: str | Path) -> str:
+    """The family of the model at `path`, from the pipeline class that its model_index.json names."""
+    pipeline = (read_json(resolve(path), INDEX) or {}).get("_class_name")
+    known = families()
+    for name, pipelines in known.items():
+        if pipeline in pipelines:
+            return name
+    listed = ", ".join(f"{name} ({', '.join(pipelines)})" for name, pipelines in known.items())
+    raise ModelError(
+        f"model {str(path)!r} is a {pipeline}, which no family of flowrl serves; there are: {listed}. "
+        "A family is one file: set model.family to ./file.py:Class, or to a family above if only the name is new."
+    )
+
+
+def load(
+    path: str | Path,
+    *,
+    family: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Model:
+    """The model at `path`, frozen and on `device`; `options` go to the constructor of its family's class.
+
+    `dtype` is that of text encoders and transformer; the VAE stays float32. `family` is a file of this folder, or
+    package.module:Class, or ./file.py:Class; None reads it from the model's files.
+    Example: load("shapes") or load("stabilityai/stable-diffusion-3.5-medium", dtype=torch.bfloat16, device="cuda").
+    """
+    make = names.resolve(family or family_of(path), FAMILIES)
+    pipe = load_pipeline(path, device=device, dtype=dtype)
+    model: Model = make(pipe, path=str(path), inference=read_inference(path, pipe), **options)
+    return model
+
+
 def load_pipeline(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """The diffusers pipeline at `path` in evaluation mode, every weight frozen and no progress bars.
 
@@ -78,11 +122,13 @@ def load_pipeline(path: str | Path, *, device: str | torch.device = "cpu", dtype
 
 
 def read_inference(path: str | Path, pipe: Any) -> dict[str, Any]:
-    """The settings that a model folder recommends: `inference.json` holds arguments of the pipeline's call.
+    """The settings that a model's or an export's folder recommends: `inference.json` holds arguments of the call.
 
     Example: {"num_inference_steps": 20, "guidance_scale": 1.0, "max_sequence_length": 0}; without the file, {}.
     """
-    inference = read_json(resolve(path), INFERENCE, required=False) or {}
+    folder = Path(path).expanduser()  # an exported folder is no model, but has this file
+    source = str(folder) if (folder / INFERENCE).is_file() else resolve(path)
+    inference = read_json(source, INFERENCE, required=False) or {}
     unknown = set(inference) - set(inspect.signature(type(pipe).__call__).parameters)
     if unknown:
         raise ModelError(
@@ -167,7 +213,7 @@ def _errors(source: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars and warnings while the built-in model loads: its files are known, and a beginner's screen is not for them."""
+    """No bars and warnings while the built-in model loads: its files are known, and its users may be beginners."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 

@@ -70,9 +70,9 @@ class Fidelity(NamedTuple):
 
 
 def fidelity(images: Tensor, found: Detections | None = None) -> Fidelity:
-    """How cleanly pictures [N,3,96,96] show what is in them, whatever was asked for; nothing explains a blank one: 0."""
+    """How cleanly pictures [N,3,96,96] show what is in them, whatever was asked for; blank ones explain nothing: 0."""
     found = detect(images) if found is None else found
-    used = int(found.valid.sum(1).max()) if len(images) else 0  # the largest come first, so that the rest is empty slots
+    used = int(found.num.clamp(max=found.valid.shape[1]).max())  # the rest of the slots is empty in every picture
     scene = render(Scenes(*(field[:, :used] for field in (found.shape, found.xy, found.radius, found.rgb))))
     whole = (images - BACKGROUND).square().flatten(1).mean(1).sqrt()
     rest = (images - scene).square().flatten(1).mean(1).sqrt()

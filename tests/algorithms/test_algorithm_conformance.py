@@ -27,14 +27,13 @@ def algorithms():
     ]
 
 
+def make(cls, **wanted):
+    """The algorithm with those of the wanted settings that it has."""
+    return cls(**{name: value for name, value in wanted.items() if name in cls.model_fields})
+
+
 ALL = algorithms()
 every = pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
-
-
-@pytest.fixture(autouse=True)
-def double_precision_is_not_needed():
-    """Everything below runs in the default dtype, as training does."""
-    assert torch.get_default_dtype() == torch.float32
 
 
 def test_the_folder_was_listed():
@@ -85,7 +84,7 @@ def test_groups_of_one_are_refused(cls):
 @pytest.mark.parametrize("shared_noise", [False, True])
 def test_first_update_is_exactly_on_policy(cls, sde, shared_noise):
     """Ratio 1, loss = -mean A, and the gradient -mean A dlogp."""
-    algorithm = cls(sde=sde, eta=SDES[sde], shared_noise=shared_noise)
+    algorithm = make(cls, sde=sde, eta=SDES[sde], shared_noise=shared_noise)
     policy = ToyPolicy()
     batch = collect(algorithm, policy)
     loss, grad = gradient(algorithm, policy, batch)
@@ -100,7 +99,7 @@ def test_first_update_is_exactly_on_policy(cls, sde, shared_noise):
 
 @every
 def test_edges_without_credit_have_no_policy_gradient(cls):
-    algorithm, policy = cls(kl_coef=0.0), ToyPolicy()
+    algorithm, policy = make(cls, kl_coef=0.0), ToyPolicy()
     batch = collect(algorithm, policy)
     with torch.no_grad():
         policy.bias += 0.01
@@ -115,7 +114,7 @@ def test_edges_without_credit_have_no_policy_gradient(cls):
 @every
 def test_a_sample_without_a_verdict_is_as_if_never_drawn(cls):
     """R1: NaN gives credit 0, and dropping its edges gives the gradient of a run without it."""
-    algorithm, policy = cls(kl_coef=0.0), ToyPolicy()
+    algorithm, policy = make(cls, kl_coef=0.0), ToyPolicy()
     batch = collect(algorithm, policy)
     batch.rewards[3] = float("nan")
     valid = ~batch.rewards.isnan()

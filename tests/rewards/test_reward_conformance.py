@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from rewards import RewardHub, Scores, available, build, traits_of
+from rewards.resolve import resolve
 from tests.rewards.makers import noise, text
 
 PROMPTS = ["a red circle", 'a sign that says "hello"', "two squares", "a star above a blue triangle", "anything else"]
-NAMES = [name for name in available()]
 
 
 def samples_for(traits, count):
@@ -34,29 +34,30 @@ def offline(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=available())
 def name(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def loaded(name):
-    """The reward, built without options and loaded, with its traits."""
-    reward = build(name)
-    if hasattr(reward, "load"):
-        reward.load(torch.device("cpu"), torch.float32)
-    return reward, traits_of(reward)
+def reward(name):
+    """The reward, built without options; the hub loads it."""
+    return build(name)
 
 
 @pytest.fixture(scope="module")
-def hub(name):
-    with RewardHub({"use": name, "on_error": "raise"}, device="cpu") as made:
+def hub(reward):
+    with RewardHub({"use": reward, "on_error": "raise"}, device="cpu", max_nan_frac=1.0) as made:
+        made.warmup()
         yield made
 
 
-def test_it_has_a_docstring(name, loaded):
-    from rewards.resolve import resolve
+@pytest.fixture
+def loaded(hub, reward):
+    return reward, traits_of(reward)
 
+
+def test_it_has_a_docstring(name):
     assert (resolve(name).__doc__ or "").strip()
 
 

@@ -148,7 +148,7 @@ def test_no_samples_and_no_rewards():
         result = hub([])
     assert result.total.shape == (0,)
     assert result.info == []
-    with pytest.raises(RewardError, match="no reward"):
+    with pytest.raises(RewardError, match="no reward is given; there are: .*ocr"):
         RewardHub([])
 
 

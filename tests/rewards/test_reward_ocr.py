@@ -43,7 +43,7 @@ def test_what_is_missing_and_what_is_too_much_cost(hub):
 
 
 def test_repeating_the_target_wins_under_contain_and_not_under_ned(hub):
-    """The known hack: "Hello World" two and a half times is perfect for Flow-GRPO's formula; 10 of 25 letters for ours."""
+    """The known hack: "Hello World" two and a half times is perfect for Flow-GRPO's formula, and 10 of 25 for ours."""
     result = hub([asking("Hello World\nHello World\nHello", "Hello World")])
     assert result.parts["ocr"]["contain"].item() == 1.0
     assert result.total.item() == pytest.approx(0.4)

@@ -22,8 +22,8 @@ def test_modules_import_torch_pil_numpy_and_themselves():
 
 def test_listing_the_rewards_loads_nothing_heavy():
     code = (
-        "import sys, rewards; rewards.available(); rewards.RewardHub('ocr'); "
-        "print(sorted({'transformers', 'diffusers', 'cv2', 'rapidocr', 'onnxruntime', 'flowrl', 'samplers'} & set(sys.modules)))"
+        "import sys, rewards; rewards.available(); rewards.RewardHub('ocr'); print(sorted(set(sys.modules) & "
+        "{'transformers', 'diffusers', 'cv2', 'rapidocr', 'onnxruntime', 'flowrl', 'samplers'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -89,8 +89,8 @@ def save(
         fault("ckpt.after_rename")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot write the checkpoint {final}: {_reason(error)}. Earlier checkpoints are untouched. Free some space "
-            "or mend the folder, and go on with --resume."
+            f"cannot write the checkpoint {final}: {_reason(error)}. Earlier checkpoints are untouched. "
+            "Free some space or mend the folder, and go on with --resume."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -100,13 +100,9 @@ def save(
 
 def tidy(folder: str | Path) -> None:
     """Clear away what a killed writer left; only the run that holds the folder's lock may do that."""
-    for path in sorted(Path(folder).glob(f"{_REPLACED}*")):
-        final = path.with_name(path.name.removeprefix(_REPLACED))
-        if final.exists():
-            shutil.rmtree(path, ignore_errors=True)
-        else:  # killed between the two renames: the older one is still the best there is
-            path.rename(final)
-    for path in Path(folder).glob(f"{_TEMPORARY}*"):
+    for path in _stranded(Path(folder)):
+        path.rename(path.with_name(path.name.removeprefix(_REPLACED)))
+    for path in [*Path(folder).glob(f"{_REPLACED}*"), *Path(folder).glob(f"{_TEMPORARY}*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -173,7 +169,7 @@ def entries(folder: str | Path) -> list[Path]:
 
 
 def load(path: str | Path) -> Checkpoint:
-    """One checkpoint, after its names, sizes, hashes and values have been checked; CheckpointError says what is wrong."""
+    """One checkpoint, after checking its names, sizes, hashes and values; CheckpointError says what is wrong."""
     path = Path(path)
     _check_kind(path, stat.S_ISDIR, "a folder")
     manifest = _read_manifest(path / MANIFEST)
@@ -196,14 +192,7 @@ def latest_valid(folder: str | Path, report: Callable[[str], None] | None = None
     Raises CheckpointError when there is none: to go on must never silently mean to start anew.
     """
     folder, damaged = Path(folder), []
-    candidates = entries(folder)
-    if folder.is_dir():  # a replaced checkpoint whose successor never arrived
-        replaced = (
-            path for path in sorted(folder.glob(f"{_REPLACED}*")) if path.name.removeprefix(_REPLACED).isdigit()
-        )
-        stranded = [path for path in replaced if not path.with_name(path.name.removeprefix(_REPLACED)).exists()]
-        candidates = sorted([*candidates, *stranded], key=lambda path: int(path.name.removeprefix(_REPLACED)))
-    for path in reversed(candidates):
+    for path in reversed(sorted([*entries(folder), *_stranded(folder)], key=_number)):
         try:
             found = load(path)
         except CheckpointError as error:
@@ -214,13 +203,21 @@ def latest_valid(folder: str | Path, report: Callable[[str], None] | None = None
             report(text) if report else warnings.warn(text, stacklevel=2)
         return found
     if not damaged:
-        raise CheckpointError(
-            f"there is no checkpoint in {folder.absolute()}; start without --resume, or mend output_dir."
-        )
+        raise CheckpointError(f"no checkpoint in {folder.absolute()}; start without --resume, or mend output_dir.")
     raise CheckpointError(
         f"no checkpoint in {folder.absolute()} is valid:\n  " + "\n  ".join(damaged) + "\n"
         "Restore one of them, or start anew in another output_dir."
     )
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix(_REPLACED))
+
+
+def _stranded(folder: Path) -> list[Path]:
+    """Checkpoints that were moved away for a successor that never arrived."""
+    replaced = [path for path in folder.glob(f"{_REPLACED}*") if _NUMBERED.fullmatch(path.name.removeprefix(_REPLACED))]
+    return [path for path in replaced if not path.with_name(path.name.removeprefix(_REPLACED)).exists()]
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
@@ -372,7 +369,7 @@ class RunLock:
     """
 
     def __init__(self, folder: str | Path, resume: bool = True) -> None:
-        """Raises CheckpointError if another run has the folder; unless `resume`, also if there are checkpoints in it."""
+        """Raises CheckpointError if another run has the folder, or, unless `resume`, if checkpoints are in it."""
         folder = Path(folder)
         self.path = folder / "run.lock"
         self._file: IO[str] | None = None

@@ -168,9 +168,7 @@ class EvaluationConfig(Section):
     batch_size: Count = 100
     """Samples generated at a time. Memory and speed only."""
     grid_prompts: Natural = 8
-    """Rows of the picture grid; 0 = no grid."""
-    grid_samples: Count = 4
-    """Pictures in a row of the grid."""
+    """Pictures in the grid, one a prompt; 0 = no grid."""
     seed: Natural = 0
     """Seed of the evaluation's noise; apart from the run's, so that runs with other seeds can be compared."""
     measures: tuple[Word, ...] = ()
@@ -287,12 +285,12 @@ class Config(Section):
     """Folder for everything that the run writes; default runs/<name>."""
     iterations: Count = 300
     """Rounds of sampling, scoring and updating."""
-    checkpoint_every: Natural = 50
-    """Iterations between checkpoints; 0 = only the last one."""
+    checkpoint_every: Count = 50
+    """Iterations between checkpoints; the last iteration always makes one."""
     keep_checkpoints: Count = 3
     """How many checkpoints stay; older ones go when a newer one is complete."""
-    evaluate_every: Natural = 50
-    """Iterations between evaluations; 0 = never."""
+    evaluate_every: Count = 50
+    """Iterations between evaluations; there always is one before the first and one after the last."""
     model: ModelConfig
     """Which generator."""
     algorithm: AlgorithmConfig
@@ -372,11 +370,11 @@ def _conflicts(config: Config) -> Iterator[tuple[Key, str]]:
         )
     if config.optimizer.min_lr_ratio and config.optimizer.schedule == "constant":
         yield ("optimizer", "min_lr_ratio"), "has no effect on a constant schedule; set schedule=cosine or leave it out"
-    grid, samples = config.data.evaluation.grid_prompts, config.data.evaluation.num_samples
-    if config.evaluate_every and grid * config.data.evaluation.grid_samples > samples:
+    settings = config.data.evaluation
+    if settings.grid_prompts > settings.num_samples:
         yield (
             ("data", "evaluation", "grid_prompts"),
-            f"a grid of {grid} x {config.data.evaluation.grid_samples} pictures out of num_samples={samples}; "
+            f"a grid of {settings.grid_prompts} pictures out of num_samples={settings.num_samples}; "
             "make the grid smaller or num_samples larger",
         )
     yield from _plan_conflicts(config)

@@ -63,10 +63,9 @@ def _line(key: Key, error: Mapping[str, Any], source: Source, fields: Fields, ev
     about = f" ({about.rstrip('.')})" if about else ""
     if kind == "missing":
         if isinstance(key[-1], int):
-            return (
-                f"{source.where(key[:-1])}: {dotted(key[:-1])}: the list is too short, it has {key[-1]} of its items."
-            )
-        return f"{source.where(key[:-1])}: {name}: this key is needed{about}. Add it, or say {name}=... on the command line."
+            listed = f"{source.where(key[:-1])}: {dotted(key[:-1])}"
+            return f"{listed}: the list is too short: it has {key[-1]}, and more are needed."
+        return f"{source.where(key[:-1])}: {name}: this key is needed{about}. Add it, or the override {name}=... ."
     text = error["msg"].removeprefix("Value error, ").rstrip(".")
     if kind == "conflict" or isinstance(error["input"], Mapping) and kind == "value_error":
         return f"{source.where(key)}: {name}: {text}."

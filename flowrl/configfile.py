@@ -146,7 +146,7 @@ def _read_text(path: Path, children: tuple[Path, ...]) -> str:
 class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
     """Only composes nodes; values are made by `_value`, so no constructor of PyYAML ever runs."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+    yaml_implicit_resolvers: dict[str, Any] = {}
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:

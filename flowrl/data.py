@@ -51,7 +51,8 @@ def load_prompts(source: str | Path | Sequence[str], split: str = "train") -> li
     else:
         rows = [_row(f"prompt {index} of the list", text) for index, text in enumerate(source)]
     if not rows:
-        raise DataError(f"{_short(source)} holds no prompts; give at least one.")
+        what = str(source) if isinstance(source, str | Path) else "the list of prompts"
+        raise DataError(f"{what} holds no prompts; give at least one.")
     from flowrl.types import Prompt  # imports torch, which a mistake above need not wait for
 
     return [Prompt(id=index, text=text, metadata=metadata) for index, (text, metadata) in enumerate(rows)]

@@ -18,8 +18,8 @@ from flowrl.policy import Policy
 from flowrl.types import Prompt
 from rewards import RewardHub
 
-Measure = Callable[[Tensor, Sequence[str], Tensor], Mapping[str, float]]
-"""measure(media [N,3,H,W] or [N,F,3,H,W], prompts, group [N]) -> named numbers about the whole set."""
+Measure = Callable[[Tensor, Sequence[str], Tensor], Mapping[str, Any]]
+"""measure(media [N,3,H,W] or [N,F,3,H,W], prompts, group [N]) -> numbers, or (mean, standard error, ...), by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class Evaluation:
     """The prompt of each sample, N."""
     scores: dict[str, Tensor]
     """Each reward and each of its parts (`reward.part`), [N]; NaN = no verdict."""
-    measures: dict[str, float]
-    """Numbers about the set as a whole."""
+    measures: dict[str, tuple[float, float | None]]
+    """Numbers about the set as a whole, with their standard errors where known."""
     media: Tensor | None = None
     """[N,F,3,H,W]; dropped where nobody shows it."""
 
@@ -39,7 +39,7 @@ class Evaluation:
         """Mean and standard error of every score, overall and by the prompts' category, as plain numbers."""
         categories = [str(p.metadata.get("category", "")) for p in self.prompts]
         names = sorted(set(categories) - {""})
-        out: dict[str, Any] = {"num_samples": len(self.prompts), "scores": {}, "measures": dict(self.measures)}
+        out: dict[str, Any] = {"num_samples": len(self.prompts), "scores": {}, "measures": {}}
         for name, score in self.scores.items():
             entry: dict[str, Any] = dict(zip(("mean", "se"), mean_and_error(score), strict=True))
             if names:
@@ -48,6 +48,7 @@ class Evaluation:
                     c: dict(zip(("mean", "se"), mean_and_error(score[of == i]), strict=True)) for i, c in enumerate(names)
                 }
             out["scores"][name] = entry
+        out["measures"] = {name: {"mean": mean, "se": error} for name, (mean, error) in self.measures.items()}
         return out
 
 
@@ -98,7 +99,8 @@ def evaluate(
     for name, parts in result.parts.items():
         scores |= {f"{name}.{part}": value for part, value in parts.items()}
     shown = media[:, 0] if media.shape[1] == 1 else media
-    found: dict[str, float] = {}
+    found: dict[str, tuple[float, float | None]] = {}
     for measure in measures:
-        found |= {k: float(v) for k, v in measure(shown, [p.text for p in prompts], group).items()}
+        for name, value in measure(shown, [p.text for p in prompts], group).items():
+            found[name] = (float(value[0]), float(value[1])) if isinstance(value, tuple) else (float(value), None)
     return Evaluation(prompts=list(prompts), scores=scores, measures=found, media=media)

@@ -59,11 +59,9 @@ class RunLog:
         have = drop_rows(self.folder / METRICS, resume_at)
         # The evaluation after `resume_at` iterations is not repeated: its weights are those of the checkpoint.
         drop_rows(self.folder / EVALUATIONS, resume_at + 1 if resume_at else 0)
-        if have != list(range(resume_at)):
-            missing = sorted(set(range(resume_at)) - set(have))
-            self._warn(
-                f"{self.folder / METRICS} lacks the rows of {len(missing)} earlier iterations, from {missing[:1]}"
-            )
+        missing = sorted(set(range(resume_at)) - set(have))
+        if missing:
+            self._warn(f"{self.folder / METRICS} lacks {len(missing)} earlier iterations, the first is {missing[0]}")
         self._rows = (self.folder / METRICS).open("a", encoding="utf-8")
         self._evaluations = (self.folder / EVALUATIONS).open("a", encoding="utf-8")
         self._start_trackers(config, name or self.folder.name, resume_at)
@@ -130,9 +128,8 @@ class RunLog:
         return self._console
 
     def _line(self, iteration: int, row: Mapping[str, Any]) -> str:
-        shown = [
-            f"{key.removesuffix('/mean')} {row[key]:.4g}" for key in SHOWN if isinstance(row.get(key), int | float)
-        ]
+        numbers = _scalars(row)
+        shown = [f"{key.removesuffix('/mean')} {numbers[key]:.4g}" for key in SHOWN if key in numbers]
         seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
         place, eta = str(iteration + 1), ""
         if self.total is not None:
@@ -185,15 +182,15 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # Points at or after `purge_step` that an earlier process wrote are hidden: they are about to be repeated.
-        self._writer = SummaryWriter(str(folder), purge_step=resume_at or None)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_at or None)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
     def finish(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class _Accelerate:
@@ -238,11 +235,11 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def drop_rows(path: Path, start: int) -> list[int]:
-    """Rewrite a log without rows of iterations from `start` on, repeated ones and broken lines; returns what is left."""
+    """Rewrite a log without rows from `start` on, repeated ones and broken lines; returns the iterations left."""
     rows = {row["iteration"]: row for row in read_rows(path) if row["iteration"] < start}
-    kept = [json.dumps(row, allow_nan=False) for row in rows.values()]
-    if kept != _lines(path):
-        write_atomic(path, "".join(line + "\n" for line in kept))
+    kept = "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows.values())
+    if path.is_file() and path.read_text(encoding="utf-8", errors="replace") != kept:
+        write_atomic(path, kept)
     return list(rows)
 
 

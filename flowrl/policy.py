@@ -76,6 +76,11 @@ class Policy:
         # An engine may wrap `model.trainable` later; weights and adapters are reached through the module itself.
         self._module: Any = model.trainable
         self._module.requires_grad_(False)
+        if not frozen and getattr(self._module, "peft_config", None):
+            raise ModelError(
+                "the model carries adapters already, which training would silently switch off or mix in. "
+                "Build the policy on the bare model, then load_weights(policy, folder)."
+            )
         if self.lora is not None:
             _add_lora(self._module, self.lora, getattr(model, "lora_targets", ()), seed)
         elif not frozen:
@@ -351,4 +356,5 @@ def _readme(model: Any, folder: str, lora: bool) -> str:
         'pipe("your prompt", generator=torch.manual_seed(0), **settings).images[0].save("image.png")',
     ]
     code = "\n".join([*head, *body, *tail])
-    return f"# {'LoRA' if lora else 'Weights'} for {model.path}\n\nTrained with flowrl.\n\n```python\n{code}\n```\n"
+    title = f"{'LoRA' if lora else 'Weights'} for {model.path}"
+    return f"# {title}\n\nTrained with flowrl. To use it, in the folder above this one:\n\n```python\n{code}\n```\n"

@@ -85,8 +85,8 @@ def comparison(folder: Path) -> list[Row]:
             gain = None if b["mean"] is None or f["mean"] is None else f["mean"] - b["mean"]
             rows.append((f"  {category}", b["mean"], f["mean"], gain, error))
     for name in summary["base"]["measures"]:
-        b, f = summary["base"]["measures"][name], summary["final"]["measures"].get(name)
-        rows.append((name, b, f, None if f is None else f - b, None))
+        b, f = (summary[side]["measures"][name]["mean"] for side in ("base", "final"))
+        rows.append((name, b, f, None if None in (b, f) else f - b, None))
     return rows
 
 

@@ -88,7 +88,7 @@ def _print(found: dict[str, Evaluation], console: Console) -> None:
             cells.append(_cell(*paired_gain(found["base"].scores[name], last.scores[name])))
         table.add_row(name, *cells)
     for name in last.measures:
-        table.add_row(name, *(f"{e.measures[name]:.4g}" for e in found.values()))
+        table.add_row(name, *(_cell(*e.measures[name]) for e in found.values()))
     console.print(table)
 
 

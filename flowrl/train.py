@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from flowrl import checkpoint
+from flowrl.algorithms.advantages import group_advantages
 from flowrl.checkpoint import CheckpointError, RunLock, flatten_optimizer, restore_optimizer
 from flowrl.collect import Conditions, Geometry, decode_and_submit, roll_out
-from flowrl.config import Config, dump, identity
+from flowrl.config import Config, diff, dump, identity
 from flowrl.data import PromptSampler, load_prompts, shard
 from flowrl.engine import connect, raise_together
 from flowrl.evaluate import Evaluation, evaluate, evaluation_prompts
@@ -35,8 +36,9 @@ from flowrl.policy import Policy
 from flowrl.report import save_grid, write_report
 from flowrl.resolve import resolve
 from flowrl.types import Algorithm, Batch
-from flowrl.update import Updater, edge_ids, learning_rate_factor
+from flowrl.update import Updater, deal, learning_rate_factor
 from rewards import HubResult, RewardHub
+from samplers import stable_seed
 
 
 class Interrupted(SystemExit):
@@ -73,7 +75,7 @@ class Trainer:
         self.updater = Updater(
             policy=self.policy, algorithm=self.algorithm, optimizer=self.optimizer, engine=self.engine,
             updates=o.updates_per_iteration, micro_batch=o.micro_batch, max_grad_norm=o.max_grad_norm,
-            max_skipped=o.max_skipped, seed=config.seed,
+            max_skipped=o.max_skipped,
         )  # fmt: skip
         self.iteration = 0
         self.seconds = 0.0
@@ -92,18 +94,18 @@ class Trainer:
         self.hub.warmup()
         if self.main:
             (self.folder / "config.yaml").write_text(dump(self.config))
-        if self.iteration == 0:
+        if self.iteration == 0 and self.config.evaluate_every:
             self._evaluate()
         while self.iteration < self.config.iterations:
             self.log.write(self.iteration, self.step(self.iteration))
             self.iteration += 1
             done = self.iteration == self.config.iterations
-            if done or self.iteration % self.config.evaluate_every == 0:
+            if due(self.iteration, self.config.evaluate_every, done):
                 self._evaluate()
             if self._asked_to_stop() and not done:
                 self._save()
                 self._leave()
-            if done or self.iteration % self.config.checkpoint_every == 0:
+            if done or due(self.iteration, self.config.checkpoint_every):
                 self._save()
         return self._finish()
 
@@ -144,13 +146,13 @@ class Trainer:
 
         with phase("credit"):
             advantages = self.algorithm.credit(self._with_everyones_rewards(batch, table))
-            batch = replace(batch, rewards=result.total.double(), advantages=advantages)
+            batch = with_verdict(replace(batch, rewards=result.total.double(), advantages=advantages))
 
         with phase("update"):
-            edges_per_prompt = plan.num_edges(config.data.samples_per_prompt // plan.leaves_per_root)
-            metrics = self.updater.run(
-                batch, edge_ids(batch, slots, edges_per_prompt), edges_per_prompt * len(prompts), iteration
-            )
+            roots_each = config.data.samples_per_prompt // plan.leaves_per_root
+            key = stable_seed(config.seed, iteration, -2)
+            update_of = deal(batch, plan, slots, len(prompts), roots_each, self.updater.updates, key)
+            metrics = self.updater.run(batch, update_of)
         fault("train.updated")
 
         self.seconds += phase.total
@@ -268,7 +270,7 @@ class Trainer:
             tensors = {f"optimizer.{k}": v for k, v in tensors.items()}
             tensors |= {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
             meta = {
-                "iteration": self.iteration, "optimizer": optimizer, "skipped": self.updater.skipped,
+                "optimizer": optimizer, "skipped": self.updater.skipped,
                 "evaluations": self.evaluations, "seconds": self.seconds, "identity": identity(self.config),
             }  # fmt: skip
             checkpoint.save(self.folder / "checkpoints", self.iteration, tensors, meta, keep=self.config.keep_checkpoints)
@@ -277,20 +279,19 @@ class Trainer:
     def _resume(self) -> None:
         """Take up the newest valid checkpoint; everything must be as it was, or the run stops here and says why."""
         state = checkpoint.latest_valid(self.folder / "checkpoints")
-        before, now = state.meta["identity"], json.loads(json.dumps(identity(self.config)))
-        changed = [f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        changed = [f"{key}: {then!r} then, {now!r} now" for key, (then, now) in diff(state.meta["identity"], self.config).items()]
         if changed:
             raise CheckpointError(
-                f"this is not the run that {state.path} belongs to: " + "; ".join(changed) + ". "
+                f"{state.path} belongs to a run with another config: " + "; ".join(changed) + ". "
                 "Put the old values back, or start a new run with another output_dir."
             )
-        tensors = {name: {} for name in ("policy", "optimizer")}
+        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in ("policy", "optimizer")}
         for key, tensor in state.tensors.items():
             part, _, rest = key.partition(".")
             tensors[part][rest] = tensor
         self.policy.load_state_dict(tensors["policy"])
         restore_optimizer(self.optimizer, tensors["optimizer"], state.meta["optimizer"])
-        self.iteration, self.updater.skipped = state.meta["iteration"], state.meta["skipped"]
+        self.iteration, self.updater.skipped = state.iteration, state.meta["skipped"]
         self.evaluations, self.seconds = state.meta["evaluations"], state.meta["seconds"]
 
     def _finish(self) -> dict[str, Any]:
@@ -319,6 +320,11 @@ class Trainer:
         self.engine.close()
 
 
+def due(iteration: int, every: int, last: bool = False) -> bool:
+    """Whether something that happens every so many iterations (0 = never) happens after this one, or as the last."""
+    return every > 0 and (last or iteration % every == 0)
+
+
 def leaf_places(batch: Batch, samples_per_prompt: int) -> Tensor:
     """Where each sample [B] stands in the iteration's table of all samples: prompt by prompt, in order within each."""
     slot = batch.trajectory.group.cpu()
@@ -329,17 +335,25 @@ def leaf_places(batch: Batch, samples_per_prompt: int) -> Tensor:
     return place
 
 
+def with_verdict(batch: Batch) -> Batch:
+    """Without the edges that lead to no sample with a verdict: they would count in the mean of the loss."""
+    assert batch.rewards is not None and batch.advantages is not None
+    trajectory = batch.trajectory
+    known = (trajectory.leaves & batch.rewards.isfinite().to(trajectory.leaves.device)).any(1)
+    return replace(batch, trajectory=trajectory.select(known), advantages=batch.advantages[known])
+
+
 def reward_metrics(table: Tensor, scores: Mapping[str, Tensor], samples_per_prompt: int) -> dict[str, float]:
     """Mean and spread of the reward and of every score over the samples with a verdict."""
-    groups = table.view(-1, samples_per_prompt)
-    spread = torch.stack([g[g.isfinite()].std(correction=0) if g.isfinite().sum() > 1 else g.new_zeros(()) for g in groups])
+    group = torch.arange(len(table) // samples_per_prompt).repeat_interleave(samples_per_prompt)
+    known = table[table.isfinite()]
+    spread = [g[g.isfinite()].std(correction=0) for g in table.view(-1, samples_per_prompt) if g.isfinite().sum() > 1]
     out = {
-        "reward/mean": table.nanmean().item(),
-        "reward/std": table[table.isfinite()].std(correction=0).item(),
-        "reward/group_std": spread.mean().item(),
-        "reward/no_verdict_frac": table.isnan().double().mean().item(),
-        "zero_std_frac": (spread < 1e-6).double().mean().item(),
+        "reward/mean": known.mean().item(),
+        "reward/std": known.std(correction=0).item(),
+        "reward/group_std": torch.stack(spread).mean().item() if spread else math.nan,
     }
+    out |= {name: float(value) for name, value in group_advantages(table, group).metrics.items()}
     return out | {f"score/{name}": score.nanmean().item() for name, score in scores.items()}
 
 

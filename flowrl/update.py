@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from flowrl.algorithms.aggregate import merge_metrics
 from flowrl.engine import Engine, raise_together
 from flowrl.policy import Policy
 from flowrl.types import Algorithm, Batch
-from samplers import stable_seed
+from samplers import Plan, stable_seed
 
 
 class UpdateError(RuntimeError):
@@ -38,21 +38,10 @@ class Updater:
     """Edges in one forward and backward pass; None = all of an update."""
     max_grad_norm: float | None
     max_skipped: int
-    seed: int
     skipped: int = 0
 
-    def run(self, batch: Batch, edge_id: Tensor, num_ids: int, iteration: int) -> dict[str, float]:
-        """All optimiser steps of an iteration; returns metrics over all processes.
-
-        `edge_id` [E] numbers the edges over all processes in [0, num_ids), so that which edges share an optimiser step
-        is a function of (seed, iteration) and not of the number of processes.
-        """
-        generator = torch.Generator().manual_seed(stable_seed(self.seed, iteration, -2))
-        order = torch.randperm(num_ids, generator=generator).tensor_split(self.updates)
-        place = torch.full((num_ids,), -1)
-        for update, ids in enumerate(order):
-            place[ids] = update
-        update_of = place[edge_id.cpu()]
+    def run(self, batch: Batch, update_of: Tensor) -> dict[str, float]:
+        """All optimiser steps of an iteration, edge i in step `update_of[i]`; returns metrics over all processes."""
         metrics = [self._step(batch, torch.nonzero(update_of == u).flatten()) for u in range(self.updates)]
         out = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
         out["ratio_first_update"] = metrics[0].get("ratio_max_dev", math.nan)
@@ -131,14 +120,23 @@ class Updater:
         return metrics | {"skipped_updates": 1.0}
 
 
-def edge_ids(batch: Batch, slots: list[int], edges_per_prompt: int) -> Tensor:
-    """A number for each edge [E] that no other edge of the iteration has, whichever process holds it."""
-    prompt = batch.trajectory.prompt.cpu()
-    within = torch.zeros_like(prompt)
-    for p in range(len(slots)):
-        rows = torch.nonzero(prompt == p).flatten()
-        within[rows] = torch.arange(len(rows))
-    return torch.tensor(slots, dtype=torch.long)[prompt] * edges_per_prompt + within
+def deal(batch: Batch, plan: Plan, slots: Sequence[int], num_prompts: int, roots_each: int, updates: int, key: int) -> Tensor:
+    """Which optimiser step each edge [E] goes into: every step gets an equal share of each depth's states.
+
+    Siblings go together, since they need one evaluation. A function of (key, prompt's slot, place in the tree), whatever
+    the number of processes; `key` changes with the iteration.
+    """
+    trajectory = batch.trajectory
+    slot = torch.tensor(list(slots), dtype=torch.long)
+    out = torch.full((len(trajectory),), -1)
+    for step in plan.stochastic_steps:
+        states = roots_each * plan.nodes(step)  # of one prompt
+        generator = torch.Generator().manual_seed(stable_seed(key, step))
+        hand = torch.randperm(num_prompts * states, generator=generator) % updates
+        rows = torch.nonzero(trajectory.step.cpu() == step).flatten()
+        prompt, node = trajectory.prompt.cpu()[rows], trajectory.node.cpu()[rows]
+        out[rows] = hand[slot[prompt] * states + node - prompt * states]
+    return out
 
 
 def learning_rate_factor(update: int, updates: int, schedule: str, warmup: int, floor: float) -> float:

@@ -91,8 +91,8 @@ class RewardHub:
 
         def job(scorer: Scorer) -> Callable[[], tuple[Scores, float]]:
             def score() -> tuple[Scores, float]:
-                for event in ready:
-                    event.wait()
+                for device, event in ready.items():
+                    event.wait(torch.cuda.current_stream(device))
                 return scorer.run(batch, broken)
 
             return score
@@ -157,11 +157,10 @@ def _checked(samples: Sequence[Sample]) -> list[Sample]:
     return list(samples)
 
 
-def _mark(samples: Sequence[Sample]) -> list[torch.cuda.Event]:
-    """Events after which media that a GPU is still making is complete."""
-    events = []
+def _mark(samples: Sequence[Sample]) -> dict[torch.device, torch.cuda.Event]:
+    """Per GPU, an event after which the media that it may still be making is complete."""
+    marks = {}
     for device in {sample.media.device for sample in samples if sample.media.is_cuda}:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(device))
-        events.append(event)
-    return events
+        marks[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        marks[device].record(torch.cuda.current_stream(device))
+    return marks

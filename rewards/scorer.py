@@ -73,6 +73,8 @@ class Scorer:
 
     def warm(self, samples: Sequence[Sample] | None) -> float:
         """Load, and score some samples (by default made-up ones) with no mercy for errors; the seconds that it took."""
+        if samples is None and self.traits.needs:
+            samples = []  # what a reward needs cannot be made up: it is only loaded
         policy, self.on_error = self.on_error, "raise"
         try:
             made_up = made_up_samples("image" if "image" in self.traits.media else "video")
@@ -183,16 +185,14 @@ class Scorer:
         """One unit failed: raise with its name, or leave it without a verdict."""
         if isinstance(error, RewardContractError):
             raise error
-        if self.on_error == "raise" or isinstance(error, BUGS):
-            which = f"sample {rows[0]}" if len(rows) == 1 else f"samples {', '.join(map(str, rows))}"
-            mend = (
-                "This looks like a bug in the reward; for a sample that it cannot judge, let it return NaN or None."
-                if isinstance(error, BUGS)
-                else "`on_error: nan` leaves such a sample out of training instead."
-            )
-            raise RewardError(
-                f"reward {self.name!r} failed on {which} {_called(samples[rows[0]])}: {_told(error)}. {mend}"
-            ) from error
+        which = f"sample {rows[0]}" if len(rows) == 1 else f"samples {', '.join(map(str, rows))}"
+        failed = f"reward {self.name!r} failed on {which} {_called(samples[rows[0]])}: {_told(error)}."
+        if isinstance(error, BUGS):
+            mend = "This looks like a bug in it; for a sample that it cannot judge, let it return NaN or None."
+            raise RewardError(f"{failed} {mend}") from error
+        if self.on_error == "raise":
+            raise RewardError(f"{failed} `on_error: nan` leaves such a sample out of training instead.") from error
+        self._warn_once("error", f"{failed} No verdict there; further failures only show in nan_frac and info.")
         sheet.fail(rows, _told(error))
 
     def _shrink(self, size: int, error: Exception, splits: bool) -> None:

@@ -174,9 +174,9 @@ class Detections(NamedTuple):
 class _Blobs(NamedTuple):
     """B connected regions of N pictures.
 
-    image, rank among the image's blobs by area, hue (palette index) [B]; area [B] in pixels and centre xy [B,2] of all of
-    its pixels; rgb [B,3] mean colour; corner [B,2] (x, y) of its window; mask [B,C,C] its pixels in the window; free
-    [B,C,C] the pixels of no blob; seen [B,C,C,3] the picture in the window.
+    image, rank among the image's blobs by area, hue (palette index) [B]; area [B] and centre xy [B,2] of its pixels; rgb
+    [B,3] mean colour; corner [B,2] (x, y) of its window; mask [B,C,C] its pixels in the window; free [B,C,C] the pixels
+    of no blob; seen [B,C,C,3] the picture in the window.
     """
 
     image: Tensor
@@ -311,15 +311,15 @@ def _match(blobs: _Blobs, unit: Tensor) -> tuple[Tensor, Tensor]:
     centre = (blobs.xy - blobs.corner)[:, None].expand(*radius.shape, 2)
     kinds = torch.arange(len(SHAPES), device=unit.device).expand_as(radius)
     cover = coverage(kinds, centre, radius, _WINDOW)
-    # both sides cut at half coverage, which a blur hardly moves; areas are those of the whole picture, so that a blob that
-    # fills its window does not match a giant shape
+    # both sides cut at half coverage, which a blur hardly moves; areas are those of the whole picture, so that a blob
+    # that fills its window does not match a giant shape
     common = (blobs.mask[:, None] & (cover >= 0.5)).sum((-2, -1))
     iou = common / (2 * blobs.area[:, None] - common)
     return iou, cover[torch.arange(len(iou), device=iou.device), iou.argmax(1)]
 
 
 def _refine(blobs: _Blobs) -> tuple[Tensor, Tensor]:
-    """Area [B] and centre [B,2] to a hundredth of a pixel: the colour of a rim pixel tells how much of it is covered."""
+    """Area [B] and centre [B,2] to a fraction of a pixel: the colour of a rim pixel tells how much of it is covered."""
     step = blobs.rgb - BACKGROUND
     way = ((blobs.seen - BACKGROUND) * (step / step.square().sum(1, keepdim=True))[:, None, None]).sum(-1)
     covered = way.clamp(0, 1) * _dilate(blobs.mask.float()) * (blobs.mask | blobs.free)

@@ -45,6 +45,7 @@ class _Edges(NamedTuple):
     x: Tensor
     x_next: Tensor
     step: Tensor
+    node: Tensor
     root: Tensor
     logprob: Tensor
     first: Tensor
@@ -151,7 +152,8 @@ def _branch(
     x_next = (transition.mean + transition.std * z).to(storage_dtype).float()
     logprob = gaussian_logprob(x_next, transition, reduction)
     first = children.root * plan.leaves_per_root + member
-    edges = _Edges(children.x, x_next, torch.full_like(first, step), children.root, logprob, first, first + span)
+    node = children.root * plan.nodes(step) + children.member // (span * fanout)
+    edges = _Edges(children.x, x_next, torch.full_like(first, step), node, children.root, logprob, first, first + span)
     return children._replace(x=x_next, member=member), edges
 
 
@@ -159,7 +161,7 @@ def _no_edges(x: Tensor, dtype: torch.dtype, device: torch.device | str | None) 
     """A table without rows, so that a plan without stochastic steps needs no case of its own."""
     none, index = x[:0], torch.zeros(0, dtype=torch.long, device=x.device)
     logprob = torch.zeros(0, device=x.device)
-    return _stored(_Edges(none, none, index, index, logprob, index, index), dtype, device)
+    return _stored(_Edges(none, none, index, index, index, logprob, index, index), dtype, device)
 
 
 def _ode_step(
@@ -219,6 +221,7 @@ def _table(
         t=times[joined.step],
         t_next=times[joined.step + 1],
         step=joined.step,
+        node=joined.node,
         prompt=prompt[joined.root],
         logprob=joined.logprob,
         leaves=leaves,

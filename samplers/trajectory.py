@@ -32,6 +32,8 @@ class Trajectory:
     """[E] fp32 time after it."""
     step: Tensor
     """[E] int64 index of the step in the plan."""
+    node: Tensor
+    """[E] int64 number of the state ``x`` within its step: siblings have the same one, and need one evaluation."""
     prompt: Tensor
     """[E] int64 prompt index, as given to ``rollout``."""
     logprob: Tensor
@@ -84,9 +86,11 @@ class Trajectory:
         leaves = torch.zeros(
             len(joined["logprob"]), len(joined["x0"]), dtype=torch.bool, device=joined["logprob"].device
         )
-        edge = leaf = 0
+        edge = leaf = node = 0
         for part in parts:
             leaves[edge : edge + len(part), leaf : leaf + part.num_leaves] = part.leaves
+            joined["node"][edge : edge + len(part)] += node
+            node += int(part.node.max()) + 1 if len(part) else 0
             edge, leaf = edge + len(part), leaf + part.num_leaves
         return Trajectory(leaves=leaves, calls=sum(part.calls for part in parts), **joined)
 

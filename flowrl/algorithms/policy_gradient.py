@@ -10,7 +10,7 @@ from flowrl.algorithms.advantages import StdMode, group_advantages, to_edges
 from flowrl.algorithms.kl import KLForm, Step, step_kl
 from flowrl.algorithms.objectives import clipped
 from flowrl.types import Batch, Loss, Policy
-from samplers import Kernel, gaussian_logprob
+from samplers import Kernel, Transition, gaussian_logprob
 
 
 def group_credit(batch: Batch, *, std: StdMode, eps: float, unbiased: bool = False, clip: float) -> Tensor:
@@ -23,11 +23,24 @@ def group_credit(batch: Batch, *, std: StdMode, eps: float, unbiased: bool = Fal
 
 
 def current_step(policy: Policy, batch: Batch, kernel: Kernel, eta: float) -> Step:
-    """The step that the policy's weights would now take from each stored state."""
+    """The step that the policy's weights would now take from each stored state; siblings share one evaluation."""
     edges = batch.trajectory
-    x = edges.x.float()
-    velocity = policy.velocity(x, edges.t, batch.cond_at(edges.prompt)).float()
-    return Step(velocity, kernel(x, velocity, edges.t, edges.t_next, eta))
+    first, of_edge = distinct_states(batch)
+    x, t, t_next = edges.x[first].float(), edges.t[first], edges.t_next[first]
+    velocity = policy.velocity(x, t, batch.cond_at(edges.prompt[first])).float()
+    transition = kernel(x, velocity, t, t_next, eta)
+    return Step(velocity[of_edge], Transition(transition.mean[of_edge], transition.std[of_edge]))
+
+
+def distinct_states(batch: Batch) -> tuple[Tensor, Tensor]:
+    """One edge for each distinct state [M], and for each edge the place of its state among them [E]."""
+    edges = batch.trajectory
+    if len(edges) == 0:
+        return edges.node, edges.node
+    _, of_edge = torch.unique(edges.step * (edges.node.max() + 1) + edges.node, return_inverse=True)
+    first = torch.full((int(of_edge.max()) + 1,), len(edges), device=of_edge.device)
+    first = first.scatter_reduce(0, of_edge, torch.arange(len(edges), device=of_edge.device), "amin")
+    return first, of_edge
 
 
 def reference_kl(policy: Policy, batch: Batch, kernel: Kernel, eta: float, current: Step, form: KLForm) -> Tensor:

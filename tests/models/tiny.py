@@ -1,8 +1,10 @@
 """A whole StableDiffusion3Pipeline with random weights, built without any download: 0.2M numbers, 32 x 32 pixels."""
 
+import json
 import string
 from pathlib import Path
 
+import pytest
 import torch
 
 WORDS = 24
@@ -71,3 +73,16 @@ def euler(velocity, x, times, cond):
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         x = x + (t_next - t) * velocity(x, t.expand(len(x)), cond)
     return x
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory):
+    """The folder of the tiny pipeline, with settings of its own; import it where it is needed."""
+    if "folder" not in _BUILT:
+        folder = build_sd3(tmp_path_factory.mktemp("tiny_sd3"))
+        (folder / "inference.json").write_text(json.dumps({"num_inference_steps": 4, "max_sequence_length": 8}))
+        _BUILT["folder"] = folder
+    return _BUILT["folder"]
+
+
+_BUILT: dict[str, Path] = {}

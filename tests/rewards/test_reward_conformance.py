@@ -22,16 +22,18 @@ def samples_for(traits, count):
     return made
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """Any attempt to reach a network is an error."""
+@pytest.fixture(autouse=True, scope="module")
+def offline():
+    """Any attempt to reach a network is an error, loading included."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("a reward tried to reach the network")
 
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex", "sendto"):
+            patch.setattr(socket.socket, name, refuse)
+        patch.setattr(socket, "getaddrinfo", refuse)
+        yield
 
 
 @pytest.fixture(scope="module", params=available())
@@ -46,7 +48,7 @@ def reward(name):
 
 
 @pytest.fixture(scope="module")
-def hub(reward):
+def hub(reward, offline):
     with RewardHub({"use": reward, "on_error": "raise"}, device="cpu", max_nan_frac=1.0) as made:
         made.warmup()
         yield made

@@ -9,6 +9,9 @@ import torch
 from rewards import RewardContractError, RewardError, RewardHub, Sample, Scores, declare
 from tests.rewards.makers import batch, noise
 
+# what the warning says is checked where it matters
+pytestmark = pytest.mark.filterwarnings("ignore:.*No verdict there.*")
+
 
 def mean(samples):
     return [sample.media.mean().item() for sample in samples]
@@ -34,7 +37,8 @@ def failing(bad, error=None):
 def test_a_failing_sample_has_no_verdict_and_the_others_are_scored_as_without_it():
     samples = batch(6)
     reward = failing({"prompt 4"})
-    result = RewardHub(reward)(samples)
+    with pytest.warns(UserWarning, match=r"'reward' failed on sample 4 .*ValueError: no face\. No verdict there"):
+        result = RewardHub(reward)(samples)
     expected = torch.tensor(mean(samples))
     expected[4] = math.nan
     torch.testing.assert_close(result.total, expected, equal_nan=True)
@@ -53,7 +57,7 @@ def test_on_error_raise_names_reward_sample_group_and_prompt():
 
 @pytest.mark.parametrize("bug", [TypeError("x"), NameError("x"), ImportError("x"), NotImplementedError("x")])
 def test_a_bug_raises_whatever_the_policy_is_and_names_the_sample(bug):
-    with pytest.raises(RewardError, match=r"failed on sample 1 \(group 0, prompt 'prompt 1'\).*a bug in the reward"):
+    with pytest.raises(RewardError, match=r"failed on sample 1 \(group 0, prompt 'prompt 1'\).*a bug in it"):
         RewardHub({"use": failing({"prompt 1"}, bug), "on_error": "nan"})(batch(3))
 
 
@@ -91,6 +95,8 @@ def test_a_group_reward_is_never_split_and_fails_by_the_group():
     assert result.total.isnan().tolist() == [False, True, False, True, False, False]
     assert result.info[1]["ranked"]["error"] == "ValueError: judge says no"
     assert calls == [["prompt 0", "prompt 2"], ["prompt 1", "prompt 3"], ["prompt 4", "prompt 5"]]
+    whole = RewardHub(declare(scope="group")(lambda samples: mean(samples)))(samples)
+    assert whole.total.tolist() == mean(samples), "interleaved groups come back in the order of the samples"
     with pytest.raises(RewardError, match=r"failed on samples 1, 3 \(group 1, prompt 'prompt 1'\)"):
         RewardHub({"use": ranked, "on_error": "raise"})(samples)
 
@@ -219,6 +225,15 @@ def test_warm_up_has_no_mercy():
         RewardHub(lambda samples: [1.0]).warmup()
 
 
+def test_a_reward_that_needs_meta_is_loaded_but_not_bothered():
+    reward = Loaded()
+    reward.needs = ("text",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RewardHub(reward, device="cpu").warmup()
+    assert reward.calls == [("load", "cpu", torch.float32)]
+
+
 def test_warm_up_with_own_samples_and_with_videos():
     seen = []
     hub = RewardHub(declare(media={"video"})(lambda samples: seen.append(samples) or mean(samples)))
@@ -230,6 +245,7 @@ def test_warm_up_with_own_samples_and_with_videos():
 # ------------------------------------------------------------------------------------------------ memory
 
 
+@pytest.mark.filterwarnings("ignore:.*ran out of memory with 4 samples")
 def test_out_of_memory_halves_the_batch_from_then_on():
     sizes = []
 

@@ -19,7 +19,9 @@ def tree(seed=0):
 
 
 def same(a, b):
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Trajectory) if f.name != "calls")
+    """Equal but for the calls counted, and for the numbers that states go by (which only tell them apart)."""
+    names = [f.name for f in fields(Trajectory) if f.name not in ("calls", "node")]
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
 def test_shapes_order_and_leaves_of_a_small_tree():
@@ -71,6 +73,14 @@ def test_cat_is_block_diagonal_and_keeping_one_block_undoes_it():
     assert len(both) == 32 and both.num_leaves == 16 and both.calls == a.calls + b.calls
     assert not both.leaves[:16, 8:].any() and not both.leaves[16:, :8].any()
     assert same(both.keep_leaves(torch.arange(16) < 8), a) and same(both.keep_leaves(torch.arange(16) >= 8), b)
+
+
+def test_edges_share_a_node_exactly_where_they_share_a_state():
+    a, b = tree(0), tree(1)
+    for r in (a, Trajectory.cat([a, b])):
+        same_node = (r.node[:, None] == r.node) & (r.step[:, None] == r.step)
+        same_state = (r.x[:, None] == r.x).all(-1)
+        assert torch.equal(same_node, same_state) and same_node.sum() > len(r)
 
 
 @pytest.mark.parametrize("how", [{"size": 5}, {"count": 3}, {"count": 100}, {"size": 100}])

@@ -279,7 +279,9 @@ def _sha256(file: Path) -> str:
 
 def _sync(path: Path) -> None:
     """Have the disk confirm that it holds a file, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

@@ -11,7 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fine-tune text-to-image and text-to-video models by RL.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Fine-tune text-to-image and text-to-video models by RL."
+)
 config_app = typer.Typer(no_args_is_help=True, help="Look at configs without running them.")
 shapes_app = typer.Typer(no_args_is_help=True, help="The built-in world: its scenes and its base model.")
 app.add_typer(config_app, name="config")
@@ -43,12 +45,10 @@ def _is_for_people(error: Exception) -> bool:
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="Continue from the newest valid checkpoint of the output folder.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest valid checkpoint of the output folder.")] = False,
 ) -> None:
     """Train. Ctrl-C finishes the iteration, saves and exits."""
-    from flowrl.config import load_config
-
-    loaded = load_config(config, overrides or [])
+    loaded = _checked(config, overrides)
     from flowrl.train import Trainer
 
     trainer = Trainer(loaded, resume=resume)
@@ -60,9 +60,7 @@ def train(
 @app.command()
 def plan(config: ConfigPath, overrides: Overrides = None) -> None:
     """Show what a run would do and cost, without starting it."""
-    from flowrl.config import load_config
-
-    loaded = load_config(config, overrides or [])
+    loaded = _checked(config, overrides)
     from flowrl.models.pipeline import load
     from flowrl.policy import Policy
 
@@ -91,9 +89,9 @@ def evaluate_command(
 @app.command()
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts, each in quotes.")],
-    model: Annotated[str, typer.Option(help="Built-in name, folder or hub id; default: that of --from, else shapes.")] = "",
+    model: Annotated[str, typer.Option(help="Built-in name, folder or hub id; default: of --from, else shapes.")] = "",
     from_: Annotated[Path | None, typer.Option("--from", help="A run, or its weights folder.")] = None,
-    count: Annotated[int, typer.Option(help="Samples a prompt.")] = 4,
+    count: Annotated[int, typer.Option(help="Samples a prompt.", min=1)] = 4,
     num_steps: Annotated[int | None, typer.Option(help="Denoising steps; default: inference.json.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: inference.json.")] = None,
     seed: int = 0,
@@ -103,8 +101,9 @@ def sample(
     from flowrl.standalone import sample_grid
 
     sample_grid(
-        prompts, model=model, weights=from_, count=count, num_steps=num_steps, guidance=guidance, seed=seed, output=output
-    )
+        prompts, model=model, weights=from_, count=count, num_steps=num_steps, guidance=guidance, seed=seed,
+        output=output,
+    )  # fmt: skip
     console.print(f"wrote {output}")
 
 
@@ -180,6 +179,15 @@ def shapes_draw(
 
     draw_scenes(prompts or [], seed, output)
     console.print(f"wrote {output}")
+
+
+def _checked(config: Path, overrides: list[str] | None):  # type: ignore[no-untyped-def]
+    """The config, after everything that can be found wrong with it before weights are loaded."""
+    from flowrl.config import ConfigError, check, load_config
+
+    if problems := check(config, overrides or []):
+        raise ConfigError(problems)
+    return load_config(config, overrides or [])
 
 
 def _print_plan(trainer) -> None:  # type: ignore[no-untyped-def]

@@ -47,7 +47,7 @@ class Geometry:
     rollout_batch: int | None = None
     """Latents in one forward pass; None = all of one depth."""
     decode_batch: int | None = None
-    """Media decoded at a time, rounded to whole groups, and handed to the rewards while the next are decoded; None = all."""
+    """Media decoded at a time; the rewards get whole groups of about as many while the next are decoded; None = all."""
 
 
 def roll_out(
@@ -84,7 +84,7 @@ def sample(
     policy: Policy, prompts: Sequence[Prompt], slots: Sequence[int], conditions: Conditions, geometry: Geometry, *,
     num_steps: int, seed: int, iteration: int = -1, batch: int = 150,
 ) -> Tensor:  # fmt: skip
-    """One sample [N,F,3,H,W] a prompt along the model's own deterministic grid; noise keyed by (seed, iteration, slot)."""
+    """One sample [N,F,3,H,W] a prompt along the model's own grid, by ODE; noise keyed by (seed, iteration, slot)."""
     media = []
     plan = deterministic(policy.model.times(num_steps, geometry.height, geometry.width, geometry.frames))
     shape = policy.model.noise_shape(geometry.height, geometry.width, geometry.frames)
@@ -120,7 +120,7 @@ def samples_of(media: Tensor, prompts: Sequence[Prompt], index: Tensor, group: T
 
 
 def decode_and_submit(policy: Policy, batch: Batch, hub: RewardHub, geometry: Geometry) -> Any:
-    """Decode whole groups at a time; each is scored in the hub's lanes while the next is decoded. Returns the tickets."""
+    """Decode whole groups at a time; they are scored in the hub's lanes while the next are decoded. The tickets."""
     tickets, media = [], []
     for leaves in _whole_groups(batch.trajectory.group, geometry.decode_batch or len(batch.trajectory.group)):
         part = decode(policy, batch.trajectory.x0[leaves], geometry.decode_batch)

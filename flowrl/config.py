@@ -401,6 +401,10 @@ def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
     import torch
 
     algorithm = config.algorithm.build()
+    absent = [name for name in ("num_steps", "plan", "credit", "loss") if not hasattr(algorithm, name)]
+    if absent:
+        yield ("algorithm", "name"), f"{config.algorithm.name} has no {', '.join(absent)}; see flowrl.types.Algorithm"
+        return
     times = torch.linspace(1.0, 0.0, algorithm.num_steps + 1)
     for iteration in dict.fromkeys((0, config.iterations - 1)):
         try:
@@ -455,9 +459,9 @@ def _deep_problems(config: Config) -> Iterator[tuple[Key, str]]:
     except DataError as error:
         yield ("data", "prompts"), str(error)
     try:
-        load_prompts(config.data.eval_prompts or config.data.prompts, "held_out")
+        load_prompts(config.data.eval_prompts or "shapes", "held_out")
     except DataError as error:
-        yield ("data", "eval_prompts") if config.data.eval_prompts else ("data", "prompts"), str(error)
+        yield ("data", "eval_prompts"), str(error)
     path = Path(config.model.path).expanduser()
     looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") > 1
     if looks_local and not path.is_dir():

@@ -257,7 +257,7 @@ def _kind(value: Any) -> str:
 
 def _override(source: Source, text: str) -> None:
     """Apply one `a.b=c`, whose value is read as YAML; numbers in the key are places in a list."""
-    place = f"override {text!r}"
+    place = f"override {text if len(text) <= 80 else text[:77] + '...'!r}"
     path, equals, raw = text.partition("=")
     names = path.strip().split(".")
     if not equals or not all(names):

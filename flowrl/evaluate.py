@@ -1,6 +1,6 @@
 """How good is the policy now: the same held-out prompts and the same noise every time, scored by the run's rewards.
 
-Differences between two evaluations of a run are paired: sample i of both has the same prompt and the same initial noise.
+Differences between two evaluations of a run are paired: sample i of both has the same prompt and initial noise.
 """
 
 from __future__ import annotations
@@ -40,16 +40,18 @@ class Evaluation:
         categories = [str(p.metadata.get("category", "")) for p in self.prompts]
         names = sorted(set(categories) - {""})
         out: dict[str, Any] = {"num_samples": len(self.prompts), "scores": {}, "measures": {}}
+        of = torch.tensor([names.index(c) if c else -1 for c in categories])
         for name, score in self.scores.items():
-            entry: dict[str, Any] = dict(zip(("mean", "se"), mean_and_error(score), strict=True))
+            entry = _mean_entry(score)
             if names:
-                of = torch.tensor([names.index(c) if c else -1 for c in categories])
-                entry["by_category"] = {
-                    c: dict(zip(("mean", "se"), mean_and_error(score[of == i]), strict=True)) for i, c in enumerate(names)
-                }
+                entry["by_category"] = {c: _mean_entry(score[of == i]) for i, c in enumerate(names)}
             out["scores"][name] = entry
         out["measures"] = {name: {"mean": mean, "se": error} for name, (mean, error) in self.measures.items()}
         return out
+
+
+def _mean_entry(score: Tensor) -> dict[str, Any]:
+    return dict(zip(("mean", "se"), mean_and_error(score), strict=True))
 
 
 def mean_and_error(score: Tensor) -> tuple[float | None, float | None]:

@@ -85,16 +85,9 @@ class RunLog:
         clean = plain(row)
         _append(self._evaluations, {"iteration": iteration, **clean})
         numbers = _scalars(clean)
-        self.say(f"evaluation after {iteration} iterations: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
         self._track(iteration, {f"evaluation/{key}": value for key, value in numbers.items()})
         self._times.clear()  # an evaluation's time is not an iteration's
         self._times.append(time.monotonic())
-
-    def summary(self, row: Mapping[str, Any]) -> None:
-        """The last word of a run: its outcome on the console."""
-        if self.main:
-            numbers = _scalars(plain(row))
-            self.say("done: " + "  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
 
     def say(self, text: str) -> None:
         """A line on the console, as it stands: prompts and paths are not read as markup."""

@@ -7,7 +7,7 @@ import html
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ Row = tuple[str, float | None, float | None, float | None, float | None]
 
 def save_grid(evaluation: Evaluation, path: Path, count: int, cell: int = 144) -> None:
     """A PNG with the first frame of `count` samples, spread over the prompts, each above its prompt."""
-    if evaluation.media is None:
+    if evaluation.media is None or count == 0:
         return
     chosen = spread(len(evaluation.prompts), count)
     columns = max(1, math.ceil(math.sqrt(len(chosen) * 1.6)))
@@ -74,7 +74,7 @@ def comparison(folder: Path) -> list[Row]:
     first, last = (json.loads(path.read_text()) for path in (files[0], files[-1]))
     summary = json.loads((folder / "summary.json").read_text())
     rows: list[Row] = []
-    for name in first["scores"]:
+    for name in _both(first["scores"], last["scores"]):
         before, after = (_tensor(side["scores"][name]) for side in (first, last))
         rows.append((name, _mean(before), _mean(after), *paired_gain(before, after)))
         base, final = (summary[side]["scores"][name].get("by_category", {}) for side in ("base", "final"))
@@ -84,10 +84,34 @@ def comparison(folder: Path) -> list[Row]:
             error = math.hypot(b["se"] or 0.0, f["se"] or 0.0) if b["se"] is not None else None
             gain = None if b["mean"] is None or f["mean"] is None else f["mean"] - b["mean"]
             rows.append((f"  {category}", b["mean"], f["mean"], gain, error))
-    for name in summary["base"]["measures"]:
+    for name in _both(summary["base"]["measures"], summary["final"]["measures"]):
         b, f = (summary[side]["measures"][name]["mean"] for side in ("base", "final"))
         rows.append((name, b, f, None if None in (b, f) else f - b, None))
     return rows
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """The overall scores of an evaluation in one line."""
+    scores = {name: entry for name, entry in summary["scores"].items() if entry["mean"] is not None}
+    return "  ".join(f"{name} {e['mean']:.3f}" + (f" ± {e['se']:.3f}" if e["se"] else "") for name, e in scores.items())
+
+
+def table_lines(folder: Path) -> list[str]:
+    """The before/after table as text, for the console."""
+    rows = comparison(folder)
+    if not rows:
+        return []
+    width = max(len(name) for name, *_ in rows)
+    lines = [f"{'held-out':<{width}}  {'before':>8}  {'after':>8}  {'gain':>8}  {'s.e.':>7}"]
+    return lines + [
+        f"{name:<{width}}  {_number(b):>8}  {_number(a):>8}  {_number(gain):>8}  {_number(error):>7}"
+        for name, b, a, gain, error in rows
+    ]
+
+
+def _both(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[str]:
+    """The names in both, in the order of the first: a part of a reward may be missing where it failed."""
+    return [name for name in first if name in last]
 
 
 def _tensor(values: Sequence[float | None]) -> Tensor:
@@ -103,14 +127,18 @@ def _mean(score: Tensor) -> float | None:
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right}
-td:first-child,th:first-child{text-align:left;white-space:pre}tr:nth-child(even){background:#f6f6f6}
+h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}table{border-collapse:collapse}
+td,th{padding:.2em .8em;text-align:right}td:first-child,th:first-child{text-align:left;white-space:pre}
+tr:nth-child(even){background:#f6f6f6}
 img{max-width:100%;border:1px solid #ddd}.pair{display:grid;grid-template-columns:1fr 1fr;gap:1em}
 .charts{display:grid;grid-template-columns:repeat(3,1fr);gap:1em}svg{width:100%;background:#fafafa}
 pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}
 """
 
-_CURVES = ("reward/mean", "reward/group_std", "clip_frac", "kl", "grad_norm", "ratio_first_update", "zero_std_frac", "lr", "time/iteration")
+_CURVES = (
+    "reward/mean", "reward/group_std", "clip_frac", "kl", "grad_norm", "ratio_first_update", "zero_std_frac", "lr",
+    "time/iteration",
+)  # fmt: skip
 
 
 def write_report(folder: Path) -> Path:
@@ -152,9 +180,9 @@ def _chart(name: str, rows: list[dict[str, Any]], width: int = 320, height: int 
     xs, ys = zip(*points, strict=True)
     low, high = min(ys), max(ys)
     span_x, span_y = max(xs[-1] - xs[0], 1), (high - low) or 1.0
-    line = " ".join(
-        f"{8 + (x - xs[0]) / span_x * (width - 16):.1f},{height - 10 - (y - low) / span_y * (height - 44):.1f}" for x, y in points
-    )
+    across = [8 + (x - xs[0]) / span_x * (width - 16) for x in xs]
+    down = [height - 10 - (y - low) / span_y * (height - 44) for y in ys]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
     return (
         f"<svg viewBox='0 0 {width} {height}'><text x='8' y='16' font-size='12'>{html.escape(name)}</text>"
         f"<text x='{width - 8}' y='16' font-size='11' text-anchor='end' fill='#888'>{low:.4g} … {high:.4g}</text>"

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flowrl import checkpoint
 from flowrl.collect import Conditions, Geometry, sample
 from flowrl.config import Config, load_config
-from flowrl.data import load_prompts
+from flowrl.data import BUILT_IN, load_prompts
+from flowrl.engine import default_device
 from flowrl.evaluate import Evaluation, evaluate, evaluation_prompts, mean_and_error, paired_gain
 from flowrl.models.pipeline import load, read_inference
 from flowrl.policy import Policy, load_weights
 from flowrl.report import save_grid
 from flowrl.resolve import resolve
+from flowrl.train import geometry_of, inference_settings, load_model
 from flowrl.types import Prompt
 from rewards import RewardHub
 
@@ -51,6 +52,11 @@ def weights_of(folder: Path) -> Path:
     )
 
 
+def _config_of(weights: Path) -> Config | None:
+    """The config of the run that exported these weights, where they still lie in its folder."""
+    return run_config(weights.parent) if (weights.parent / "config.yaml").is_file() else None
+
+
 def evaluate_run(
     run: Path, *, num_samples: int | None, num_steps: int | None, seed: int | None, with_base: bool, console: Console
 ) -> dict[str, Evaluation]:
@@ -61,15 +67,14 @@ def evaluate_run(
         load_prompts(config.data.eval_prompts or config.data.prompts, "held_out"), num_samples or settings.num_samples
     )
     found: dict[str, Evaluation] = {}
-    with RewardHub([entry.entry() for entry in config.rewards]) as hub:
+    device = default_device(config.engine.device)
+    with RewardHub([entry.entry() for entry in config.rewards], device=device) as hub:
         for name in ("base", "tuned") if with_base else ("tuned",):
-            model = load(config.model.path, family=config.model.family)
-            policy = Policy(model, frozen=True, guidance=config.model.guidance)
+            policy = Policy(load_model(config), frozen=True, guidance=config.model.guidance, device=device)
             if name == "tuned":
                 load_weights(policy, weights)
-            geometry = Geometry(height=config.model.height or model.height, width=config.model.width or model.width)
             found[name] = evaluate(
-                policy, prompts, hub, Conditions(encode=policy.encode), geometry,
+                policy, prompts, hub, Conditions(encode=policy.encode), geometry_of(config, policy.model),
                 num_steps=num_steps or settings.num_steps, seed=settings.seed if seed is None else seed,
                 measures=[resolve(m, "flowrl.measures") for m in settings.measures], batch=settings.batch_size,
             )  # fmt: skip
@@ -82,12 +87,12 @@ def _print(found: dict[str, Evaluation], console: Console) -> None:
 
     table = Table("score", *found, *(["gain"] if len(found) == 2 else []))
     last = found["tuned"]
-    for name in last.scores:
+    for name in (n for n in last.scores if all(n in e.scores for e in found.values())):
         cells = [_cell(*mean_and_error(e.scores[name])) for e in found.values()]
         if len(found) == 2:
             cells.append(_cell(*paired_gain(found["base"].scores[name], last.scores[name])))
         table.add_row(name, *cells)
-    for name in last.measures:
+    for name in (n for n in last.measures if all(n in e.measures for e in found.values())):
         table.add_row(name, *(_cell(*e.measures[name]) for e in found.values()))
     console.print(table)
 
@@ -101,20 +106,21 @@ def sample_grid(
     guidance: float | None, seed: int, output: Path,
 ) -> None:  # fmt: skip
     """Draw every prompt `count` times into one picture."""
-    path = model
     exported = weights_of(weights) if weights else None
-    if not path:
-        path = run_config(weights).model.path if weights and (weights / "config.yaml").is_file() else "shapes"
-    loaded = load(path)
-    settings = read_inference(exported or path, loaded.pipe)  # type: ignore[attr-defined]
-    policy = Policy(loaded, frozen=True, guidance=float(guidance or settings.get("guidance_scale") or 1.0))
+    config = None if model or exported is None else _config_of(exported)
+    loaded: Any = load_model(config) if config else load(model or BUILT_IN)
+    settings = loaded.inference | (read_inference(exported, loaded.pipe) if exported else {})
+    policy = Policy(
+        loaded, frozen=True, guidance=settings["guidance_scale"] if guidance is None else guidance,
+        device=default_device(),
+    )  # fmt: skip
     if exported:
         load_weights(policy, exported)
     wanted = [Prompt(id=i, text=text) for i, text in enumerate(p for p in prompts for _ in range(count))]
-    geometry = Geometry(height=loaded.height, width=loaded.width)  # type: ignore[attr-defined]
     media = sample(
-        policy, wanted, range(len(wanted)), Conditions(encode=policy.encode), geometry,
-        num_steps=num_steps or int(settings.get("num_inference_steps") or 28), seed=seed,
+        policy, wanted, range(len(wanted)), Conditions(encode=policy.encode),
+        Geometry(height=settings["height"], width=settings["width"]),
+        num_steps=num_steps or settings["num_inference_steps"], seed=seed,
     )  # fmt: skip
     save_grid(Evaluation(prompts=wanted, scores={}, measures={}, media=media), output, len(wanted))
 
@@ -124,12 +130,12 @@ def export_run(run: Path, output: Path, *, averaged: bool) -> None:
     config = run_config(run)
     state = checkpoint.latest_valid(run / "checkpoints")
     policy = Policy(
-        load(config.model.path, family=config.model.family), lora=config.model.lora and config.model.lora.model_dump(),
+        load_model(config), lora=config.model.lora and config.model.lora.model_dump(),
         guidance=config.model.guidance, ema_decay=config.optimizer.ema_decay,
     )  # fmt: skip
     tensors = {k.removeprefix("policy."): v for k, v in state.tensors.items() if k.startswith("policy.")}
     policy.load_state_dict(tensors)
-    policy.export(output, averaged=averaged, inference={"num_inference_steps": config.data.evaluation.num_steps})
+    policy.export(output, averaged=averaged, inference=inference_settings(config))
 
 
 def diagnose() -> list[tuple[str, str, str]]:
@@ -145,8 +151,8 @@ def diagnose() -> list[tuple[str, str, str]]:
     rows.append(("threads", str(torch.get_num_threads()), ""))
     extras = {"ocr": "rapidocr", "xformers": "xformers", "wandb": "wandb", "tensorboard": "tensorboard", "video": "av"}
     for extra, module in extras.items():
-        there = importlib.util.find_spec(module) is not None
-        rows.append((f"extra {extra}", "installed" if there else "not installed", "" if there else f'pip install "flowrl[{extra}]"'))
+        found, advice = ("installed", "") if importlib.util.find_spec(module) else ("not installed", extra)
+        rows.append((f"extra {extra}", found, advice and f'pip install "flowrl[{extra}]"'))
     return rows
 
 
@@ -158,15 +164,11 @@ def draw_scenes(prompts: Sequence[str], seed: int, output: Path) -> None:
     specs = [parse(p) for p in prompts]
     for prompt, spec in zip(prompts, specs, strict=True):
         if spec is None:
-            raise RunError(f"{prompt!r} is no sentence of the built-in world; it knows, e.g., 'a red circle left of a star'.")
+            example = "a red circle and a blue star"
+            raise RunError(f"{prompt!r} is no sentence of the built-in world; it knows, for example, {example!r}.")
     chosen = [s for s in specs if s] or [
         s for c in CATEGORIES for s in [p for p in scenes.prompts("train") if p.category == c][:3]
     ]
     media = scenes.render(scenes.draw(chosen, seed))[:, None]
     wanted = [Prompt(id=i, text=s.prompt) for i, s in enumerate(chosen)]
     save_grid(Evaluation(prompts=wanted, scores={}, measures={}, media=media), output, len(wanted))
-
-
-def read_summary(run: Path) -> dict[str, object]:
-    """A finished run's summary."""
-    return json.loads((run / "summary.json").read_text())

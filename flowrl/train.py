@@ -11,7 +11,9 @@ import json
 import math
 import os
 import signal
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -25,15 +27,15 @@ from flowrl.algorithms.advantages import group_advantages
 from flowrl.checkpoint import CheckpointError, RunLock, flatten_optimizer, restore_optimizer
 from flowrl.collect import Conditions, Geometry, decode_and_submit, roll_out
 from flowrl.config import Config, diff, dump, identity
-from flowrl.data import PromptSampler, load_prompts, shard
-from flowrl.engine import connect, raise_together
+from flowrl.data import PromptSampler, fingerprint, load_prompts, shard
+from flowrl.engine import EngineError, connect, together
 from flowrl.evaluate import Evaluation, evaluate, evaluation_prompts
 from flowrl.faults import fault
-from flowrl.log import RunLog
+from flowrl.log import RunLog, plain, write_atomic
 from flowrl.metrics import PhaseTimer
 from flowrl.models.pipeline import load
 from flowrl.policy import Policy
-from flowrl.report import save_grid, write_report
+from flowrl.report import headline, save_grid, table_lines, write_report
 from flowrl.resolve import resolve
 from flowrl.types import Algorithm, Batch
 from flowrl.update import Updater, deal, learning_rate_factor
@@ -54,20 +56,25 @@ class Trainer:
         self.main = self.engine.rank == 0
         self.lock = RunLock(self.folder, resume=resume) if self.main else None
         self.algorithm: Algorithm = config.algorithm.build()
-        self.policy = self._build_policy()
-        data, model = config.data, self.policy.model
-        self.geometry = Geometry(
-            height=config.model.height or model.height, width=config.model.width or model.width,
-            frames=config.model.frames or 1, rollout_batch=config.model.rollout_micro_batch,
-            decode_batch=config.model.decode_micro_batch,
-        )  # fmt: skip
-        self.sampler = PromptSampler(load_prompts(data.prompts, "train"), data.prompts_per_iteration, config.seed, data.balance)
+        # Prompts and rewards come before the model: their mistakes are common, and loading weights can take minutes.
+        data = config.data
+        if data.prompts_per_iteration < self.engine.world:
+            raise EngineError(
+                f"{self.engine.world} processes share the prompts of an iteration, but there are only "
+                f"{data.prompts_per_iteration}: raise data.prompts_per_iteration, or launch fewer processes."
+            )
+        prompts = load_prompts(data.prompts, "train")
+        self.sampler = PromptSampler(prompts, data.prompts_per_iteration, config.seed, data.balance)
         self.eval_prompts = evaluation_prompts(
             load_prompts(data.eval_prompts or data.prompts, "held_out"), data.evaluation.num_samples
         )
-        self.conditions = Conditions(encode=self.policy.encode)
+        self.identity = identity(config) | {"data.prompts (contents)": fingerprint(prompts)}
+        """What must be the same when the run is resumed."""
         self.hub = RewardHub([entry.entry() for entry in config.rewards], device=self.engine.device)
         self.measures = [resolve(name, "flowrl.measures") for name in data.evaluation.measures]
+        self.policy = self._build_policy()
+        self.geometry = geometry_of(config, self.policy.model)
+        self.conditions = Conditions(encode=self.policy.encode)
         o = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.policy.trainable_parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
@@ -77,7 +84,8 @@ class Trainer:
             updates=o.updates_per_iteration, micro_batch=o.micro_batch, max_grad_norm=o.max_grad_norm,
             max_skipped=o.max_skipped,
         )  # fmt: skip
-        self.iteration = 0
+        self.iteration = self.saved = 0
+        """Iterations done, and iterations in the newest checkpoint."""
         self.seconds = 0.0
         """Training time of all iterations so far, evaluations and checkpoints excluded."""
         self.evaluations: dict[str, dict[str, Any]] = {}
@@ -90,24 +98,21 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train to the last iteration; returns the summary, which is also written to `summary.json`."""
-        self._listen()
-        self.hub.warmup()
-        if self.main:
-            (self.folder / "config.yaml").write_text(dump(self.config))
-        if self.iteration == 0 and self.config.evaluate_every:
-            self._evaluate()
-        while self.iteration < self.config.iterations:
-            self.log.write(self.iteration, self.step(self.iteration))
-            self.iteration += 1
-            done = self.iteration == self.config.iterations
-            if due(self.iteration, self.config.evaluate_every, done):
-                self._evaluate()
-            if self._asked_to_stop() and not done:
-                self._save()
-                self._leave()
-            if done or due(self.iteration, self.config.checkpoint_every):
-                self._save()
-        return self._finish()
+        with self._running():
+            with together(self.engine):
+                self.hub.warmup()
+            self._evaluate_if_due()
+            while self.iteration < self.config.iterations:
+                self.log.write(self.iteration, self.step(self.iteration))
+                self.iteration += 1
+                self._evaluate_if_due()
+                done = self.iteration == self.config.iterations
+                if self._asked_to_stop() and not done:
+                    self._save()
+                    self._leave()
+                if done or due(self.iteration, self.config.checkpoint_every):
+                    self._save()
+            return self._finish()
 
     def step(self, iteration: int) -> dict[str, float]:
         """One iteration; returns its metrics."""
@@ -124,9 +129,7 @@ class Trainer:
             plan = self.algorithm.plan(times, iteration, config.data.samples_per_prompt, config.seed)
             rate = self._set_learning_rate(iteration)
 
-        error: BaseException | None = None
-        batch, result = None, None
-        try:
+        with self._saving_what_is_done():
             with phase("collect"):
                 batch = roll_out(
                     self.policy, self.algorithm, plan, mine, slots, self.conditions, self.geometry,
@@ -135,10 +138,6 @@ class Trainer:
                 tickets = decode_and_submit(self.policy, batch, self.hub, self.geometry)
             with phase("score"):
                 result = _join([self.hub.result(ticket) for ticket in tickets])
-        except Exception as e:
-            error = e
-        raise_together(self.engine, error)
-        assert batch is not None and result is not None
         fault("train.scored")
 
         with phase("gather"):
@@ -156,11 +155,12 @@ class Trainer:
         fault("train.updated")
 
         self.seconds += phase.total
-        calls = {role: self.policy.calls[role] - calls_before.get(role, 0) for role in ("rollout", "train", "reference")}
+        roles = ("rollout", "train", "reference")
+        calls = {role: self._total(self.policy.calls[role] - calls_before.get(role, 0)) for role in roles}
         return (
             metrics
             | reward_metrics(table, scores, config.data.samples_per_prompt)
-            | {f"calls/{role}": float(self._total(count)) for role, count in calls.items()}
+            | {f"calls/{role}": float(count) for role, count in calls.items()}
             | {f"time/{name}": seconds for name, seconds in phase.seconds.items()}
             | {"time/iteration": phase.total, "time/total": self.seconds, "lr": rate}
         )
@@ -169,14 +169,11 @@ class Trainer:
 
     def _build_policy(self) -> Policy:
         config = self.config
-        model = load(
-            config.model.path, family=config.model.family, dtype=getattr(torch, config.model.dtype),
-            **{k: v for k, v in {"max_sequence_length": config.model.max_sequence_length}.items() if v is not None},
-        )  # fmt: skip
         return Policy(
-            model, lora=config.model.lora and config.model.lora.model_dump(), guidance=config.model.guidance,
-            ema_decay=config.optimizer.ema_decay, reference=self.algorithm.needs.reference,
-            gradient_checkpointing=config.model.gradient_checkpointing, device=self.engine.device, seed=config.seed,
+            load_model(config), lora=config.model.lora and config.model.lora.model_dump(),
+            guidance=config.model.guidance, ema_decay=config.optimizer.ema_decay,
+            reference=self.algorithm.needs.reference, device=self.engine.device, seed=config.seed,
+            gradient_checkpointing=config.model.gradient_checkpointing,
         )  # fmt: skip
 
     def _set_learning_rate(self, iteration: int) -> float:
@@ -188,7 +185,7 @@ class Trainer:
         return rate
 
     def _gather(self, batch: Batch, result: HubResult) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards of all processes as one dense table [P*K] in the order of the prompts, and every score's; NaN = none."""
+        """Rewards of all processes as one dense table [P*K] in the order of the prompts, and every score's."""
         per_prompt = self.config.data.samples_per_prompt
         size = self.config.data.prompts_per_iteration * per_prompt
         place = leaf_places(batch, per_prompt)
@@ -209,14 +206,22 @@ class Trainer:
         leaves = torch.zeros(len(trajectory), len(table), dtype=torch.bool, device=trajectory.leaves.device)
         leaves[:, leaf_places(batch, per_prompt).to(leaves.device)] = trajectory.leaves
         group = torch.arange(len(table) // per_prompt, device=leaves.device).repeat_interleave(per_prompt)
-        return replace(batch, trajectory=replace(trajectory, leaves=leaves, group=group), rewards=table.to(leaves.device))
+        trajectory = replace(trajectory, leaves=leaves, group=group)
+        return replace(batch, trajectory=trajectory, rewards=table.to(leaves.device))
 
     def _total(self, count: int) -> int:
         return int(self.engine.sum(torch.tensor(count, dtype=torch.float64)).item())
 
+    def _evaluate_if_due(self) -> None:
+        """Before the first iteration, every so often, and after the last, unless it was done before a resume."""
+        done = self.iteration == self.config.iterations
+        if due(self.iteration, self.config.evaluate_every, done) and str(self.iteration) not in self.evaluations:
+            with self._saving_what_is_done():
+                self._evaluate()
+
     def _evaluate(self) -> None:
         """Score the held-out prompts (main process), save the picture, and remember the summary under the iteration."""
-        if self.main and self.eval_prompts:
+        if self.main:
             settings = self.config.data.evaluation
             found = evaluate(
                 self.policy, self.eval_prompts, self.hub, self.conditions, self.geometry, num_steps=settings.num_steps,
@@ -226,7 +231,7 @@ class Trainer:
             save_grid(found, self.folder / "samples" / f"{self.iteration:06d}.png", settings.grid_prompts)
             self._remember_scores(found)
             self.log.evaluation(self.iteration, self.evaluations[str(self.iteration)])
-        self.engine.barrier()
+            self.log.say(f"evaluation after {self.iteration} iterations: {headline(self.evaluations[str(self.iteration)])}")
 
     def _remember_scores(self, found: Evaluation) -> None:
         """Per-sample scores beside the picture: what paired standard errors are made of."""
@@ -236,18 +241,59 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------- stopping, going on
 
-    def _listen(self) -> None:
-        """The first Ctrl-C or SIGTERM ends the run after the iteration at hand; the second ends it now."""
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Takes the folder and the signals; however the run ends, lanes, files, signals and lock are given back."""
+        before = self._listen()
+        try:
+            if self.main:
+                write_atomic(self.folder / "config.yaml", dump(self.config))
+                self._forget_later_samples()
+            yield
+            self.engine.close()  # not after an error: the other processes may be gone
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old or signal.SIG_DFL)
+            self.hub.close()
+            self.log.close()
+            if self.lock is not None:
+                self.lock.release()
+
+    @contextmanager
+    def _saving_what_is_done(self) -> Iterator[None]:
+        """What fails in here stops all processes, but the weights, which it did not touch, are saved before."""
+        try:
+            with together(self.engine):
+                yield
+        except Exception:
+            if self.iteration > self.saved:
+                self._save()
+            raise
+
+    def _forget_later_samples(self) -> None:
+        """Evaluations of a history that was left, as `log` forgets its rows: the report takes the last for the end."""
+        for path in (self.folder / "samples").glob("[0-9]*"):
+            if int(path.stem) > self.iteration:
+                path.unlink()
+
+    def _listen(self) -> dict[int, Any]:
+        """The first Ctrl-C or SIGTERM ends the run after the iteration at hand; the second ends it now.
+
+        Returns the handlers that were there before. Outside the main thread Python has no signals to listen to.
+        """
 
         def handler(number: int, frame: FrameType | None) -> None:
             if self.signal is not None:
                 os._exit(128 + number)
             self.signal = number
             if self.main:
-                self.log.say(f"{signal.Signals(number).name}: finishing this iteration, then saving. Once more quits now.")
+                name = signal.Signals(number).name
+                text = f"\n{name}: finishing this iteration, then saving. Once more quits now.\n"
+                os.write(2, text.encode())  # print() is not reentrant, and may be what the signal interrupted
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _asked_to_stop(self) -> bool:
         return self._total(0 if self.signal is None else 1) > 0
@@ -256,31 +302,34 @@ class Trainer:
         number = self.signal or signal.SIGTERM
         if self.main:
             self._status("interrupted")
-            self.log.say(f"saved at iteration {self.iteration}; go on with: flowrl train {self.folder}/config.yaml --resume")
-        self._close()
+            command = f"flowrl train {self.folder}/config.yaml --resume"
+            self.log.say(f"saved at iteration {self.iteration}; go on with: {command}")
+        self.engine.close()
         raise Interrupted(128 + number)
 
     def _status(self, state: str) -> None:
-        (self.folder / "status.json").write_text(json.dumps({"state": state, "iteration": self.iteration}) + "\n")
+        write_atomic(self.folder / "status.json", json.dumps({"state": state, "iteration": self.iteration}) + "\n")
 
     def _save(self) -> None:
-        """The state of the run after `iteration` iterations; noise and prompts are functions of it and need no saving."""
+        """The state after `iteration` iterations; noise and prompts are functions of it and need no saving."""
         if self.main:
             tensors, optimizer = flatten_optimizer(self.optimizer)
             tensors = {f"optimizer.{k}": v for k, v in tensors.items()}
             tensors |= {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
             meta = {
                 "optimizer": optimizer, "skipped": self.updater.skipped,
-                "evaluations": self.evaluations, "seconds": self.seconds, "identity": identity(self.config),
+                "evaluations": self.evaluations, "seconds": self.seconds, "identity": self.identity,
             }  # fmt: skip
-            checkpoint.save(self.folder / "checkpoints", self.iteration, tensors, meta, keep=self.config.keep_checkpoints)
+            keep = self.config.keep_checkpoints
+            checkpoint.save(self.folder / "checkpoints", self.iteration, tensors, meta, keep=keep)
+        self.saved = self.iteration
         self.engine.barrier()
 
     def _resume(self) -> None:
         """Take up the newest valid checkpoint; everything must be as it was, or the run stops here and says why."""
         state = checkpoint.latest_valid(self.folder / "checkpoints")
-        changed = [f"{key}: {then!r} then, {now!r} now" for key, (then, now) in diff(state.meta["identity"], self.config).items()]
-        if changed:
+        pairs = diff(state.meta["identity"], self.identity)
+        if changed := [f"{key}: {then!r} then, {now!r} now" for key, (then, now) in pairs.items()]:
             raise CheckpointError(
                 f"{state.path} belongs to a run with another config: " + "; ".join(changed) + ". "
                 "Put the old values back, or start a new run with another output_dir."
@@ -291,7 +340,8 @@ class Trainer:
             tensors[part][rest] = tensor
         self.policy.load_state_dict(tensors["policy"])
         restore_optimizer(self.optimizer, tensors["optimizer"], state.meta["optimizer"])
-        self.iteration, self.updater.skipped = state.iteration, state.meta["skipped"]
+        self.iteration = self.saved = state.iteration
+        self.updater.skipped = state.meta["skipped"]
         self.evaluations, self.seconds = state.meta["evaluations"], state.meta["seconds"]
 
     def _finish(self) -> dict[str, Any]:
@@ -302,22 +352,41 @@ class Trainer:
             "base": self.evaluations.get(str(numbers[0])) if numbers else None,
             "final": self.evaluations.get(str(numbers[-1])) if numbers else None,
         }  # fmt: skip
+        summary = plain(summary)
         if self.main:
-            steps = self.config.data.evaluation.num_steps
-            self.policy.export(self.folder / "weights", inference={"num_inference_steps": steps})
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            self.policy.export(self.folder / "weights", inference=inference_settings(self.config))
+            write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             write_report(self.folder)
             self._status("finished")
-            self.log.summary(summary)
-        self._close()
+            for line in table_lines(self.folder):
+                self.log.say(line)
+            self.log.say(f"wrote {self.folder}: weights/ (for diffusers), samples/, report.html, summary.json")
         return summary
 
-    def _close(self) -> None:
-        self.hub.close()
-        self.log.close()
-        if self.lock is not None:
-            self.lock.release()
-        self.engine.close()
+
+def load_model(config: Config) -> Any:
+    """The generator of a config."""
+    tokens = config.model.max_sequence_length
+    return load(
+        config.model.path, family=config.model.family, dtype=getattr(torch, config.model.dtype),
+        **({} if tokens is None else {"max_sequence_length": tokens}),
+    )  # fmt: skip
+
+
+def geometry_of(config: Config, model: Any) -> Geometry:
+    """What a config generates, where it says nothing the model's own size."""
+    return Geometry(
+        height=config.model.height or model.height, width=config.model.width or model.width,
+        frames=config.model.frames or 1, rollout_batch=config.model.rollout_micro_batch,
+        decode_batch=config.model.decode_micro_batch,
+    )  # fmt: skip
+
+
+def inference_settings(config: Config) -> dict[str, Any]:
+    """What the weights of a run should be used with: the steps and the size of its evaluations."""
+    size = {"height": config.model.height, "width": config.model.width}
+    given = {key: value for key, value in size.items() if value is not None}
+    return {"num_inference_steps": config.data.evaluation.num_steps, **given}
 
 
 def due(iteration: int, every: int, last: bool = False) -> bool:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from flowrl.algorithms.aggregate import merge_metrics
-from flowrl.engine import Engine, raise_together
+from flowrl.algorithms.policy_gradient import distinct_states
+from flowrl.engine import Engine, together
+from flowrl.metrics import RunningMean
 from flowrl.policy import Policy
 from flowrl.types import Algorithm, Batch
 from samplers import Plan, stable_seed
@@ -35,7 +37,7 @@ class Updater:
     updates: int
     """Optimiser steps an iteration."""
     micro_batch: int | None
-    """Edges in one forward and backward pass; None = all of an update."""
+    """Stored states in one forward and backward pass; None = all of an update."""
     max_grad_norm: float | None
     max_skipped: int
     skipped: int = 0
@@ -43,7 +45,10 @@ class Updater:
     def run(self, batch: Batch, update_of: Tensor) -> dict[str, float]:
         """All optimiser steps of an iteration, edge i in step `update_of[i]`; returns metrics over all processes."""
         metrics = [self._step(batch, torch.nonzero(update_of == u).flatten()) for u in range(self.updates)]
-        out = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+        mean = RunningMean()
+        for m in metrics:  # a step that was left without edges has fewer of them
+            mean.add(m)
+        out = mean.means()
         out["ratio_first_update"] = metrics[0].get("ratio_max_dev", math.nan)
         out["ratio_max_dev"] = max(m.get("ratio_max_dev", 0.0) for m in metrics)
         out["skipped_updates"] = sum(m["skipped_updates"] for m in metrics)
@@ -54,17 +59,12 @@ class Updater:
         total = int(self.engine.sum(torch.tensor(float(len(mine)))).item())
         self.optimizer.zero_grad(set_to_none=False)
         parts, counts = [], []
-        error: BaseException | None = None
-        try:
-            with self.policy.role("train"):
-                for part in self._micro_batches(batch, mine):
-                    loss = self.algorithm.loss(self.policy, part)
-                    (loss.value * (len(part.trajectory) / total)).backward()
-                    parts.append(loss.metrics)
-                    counts.append(len(part.trajectory))
-        except Exception as e:  # told to the other processes before they wait for this one's gradients
-            error = e
-        raise_together(self.engine, error)
+        with together(self.engine), self.policy.role("train"):
+            for part in self._micro_batches(batch, mine):
+                loss = self.algorithm.loss(self.policy, part)
+                (loss.value * (len(part.trajectory) / total)).backward()
+                parts.append(loss.metrics)
+                counts.append(len(part.trajectory))
         self._sum_gradients()
         parameters = self.policy.trainable_parameters()
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
@@ -73,17 +73,20 @@ class Updater:
         if not torch.isfinite(norm):
             return self._skip(merged)
         self.skipped = 0
-        # Without credit or KL the gradient is exactly 0; Adam's momentum and the weight decay would still move the weights.
+        # Without credit or KL the gradient is exactly 0; Adam's momentum and weight decay would still move the weights.
         if norm > 0:
             self.optimizer.step()
             self.policy.update_average()
         return merged
 
     def _micro_batches(self, batch: Batch, mine: Tensor) -> Iterator[Batch]:
+        """The edges `mine` in portions of `micro_batch` states; siblings stay together: they need one evaluation."""
         assert batch.advantages is not None
-        device = batch.trajectory.x.device
-        for index in mine.split(self.micro_batch or len(mine)) if len(mine) else ():
-            index = index.to(device)
+        mine = mine.to(batch.trajectory.x.device)
+        states, of_edge = distinct_states(replace(batch, trajectory=batch.trajectory.select(mine)))
+        size = self.micro_batch or len(states)
+        for start in range(0, len(states), size or 1):
+            index = mine[(of_edge >= start) & (of_edge < start + size)]
             yield replace(batch, trajectory=batch.trajectory.select(index), advantages=batch.advantages[index])
 
     def _sum_gradients(self) -> None:
@@ -101,8 +104,8 @@ class Updater:
             return metrics
         told = [json.loads(text) for text in self.engine.gather_text(json.dumps([metrics, count]))]
         told = [(m, n) for m, n in told if n]
-        merged = {}
-        for name in told[0][0]:
+        merged: dict[str, float] = {}
+        for name in told[0][0] if told else ():
             values = [(m[name], n) for m, n in told]
             mean = sum(v * n for v, n in values) / sum(n for _, n in values)
             merged[name] = max(v for v, _ in values) if "_max" in name else mean
@@ -113,17 +116,19 @@ class Updater:
         self.skipped += 1
         if self.skipped > self.max_skipped:
             raise UpdateError(
-                f"the gradient was not finite in {self.skipped} optimiser steps in a row (loss metrics of the last: "
-                f"{metrics}). The weights are those before the first of them. Lower optimizer.lr or algorithm.clip_range, "
-                "or train in float32."
+                f"the gradient was not finite in {self.skipped} optimiser steps in a row; metrics of the last: "
+                f"{metrics}. The weights are those before the first of them. Lower optimizer.lr or "
+                "algorithm.clip_range, or train in float32."
             )
         return metrics | {"skipped_updates": 1.0}
 
 
-def deal(batch: Batch, plan: Plan, slots: Sequence[int], num_prompts: int, roots_each: int, updates: int, key: int) -> Tensor:
+def deal(
+    batch: Batch, plan: Plan, slots: Sequence[int], num_prompts: int, roots_each: int, updates: int, key: int
+) -> Tensor:
     """Which optimiser step each edge [E] goes into: every step gets an equal share of each depth's states.
 
-    Siblings go together, since they need one evaluation. A function of (key, prompt's slot, place in the tree), whatever
+    Siblings go together, since they need one evaluation. A function of (key, prompt's slot, place in the tree) whatever
     the number of processes; `key` changes with the iteration.
     """
     trajectory = batch.trajectory

@@ -136,7 +136,7 @@ def coverage(shape: Tensor, xy: Tensor, radius: Tensor, size: int = SIZE) -> Ten
 # ------------------------------------------------------------------------------------------------ detector
 
 MAX_BLOBS = 8
-MIN_AREA = 24  # pixels, a seventh of the smallest object drawn; what is smaller is dirt, not an object
+MIN_AREA = 16  # pixels, a tenth of the smallest object drawn; what is smaller is dirt, not an object
 TINT_ALLOWED = 0.06  # an object's flat colour may lie this far from its palette entry (per channel); the rest is dirt
 _WINDOW = 36  # pixels, the side of the square in which a blob meets its templates; the largest object is 30 wide
 _CHUNK = 64  # pictures at once: what they need stays in the cache
@@ -211,9 +211,10 @@ def _detect(images: Tensor) -> Detections:
     pixels = pixels.movedim(1, -1)
     blobs, num = _segment(pixels, squares, palette)
     unit = torch.tensor([_unit_area(name) for name in SHAPES], device=pixels.device)
-    iou, cover = _match(blobs, unit)
+    covered, area, xy = _refine(blobs)
+    radius = (area[:, None] / unit).sqrt()
+    iou, cover = _match(blobs, covered, xy, radius)
     shape = iou.argmax(1)
-    area, xy = _refine(blobs)
     flat = palette[blobs.hue] + (blobs.rgb - palette[blobs.hue]).clamp(-TINT_ALLOWED, TINT_ALLOWED)
     fill, background = _residual(pixels, squares, blobs, cover, flat)
 
@@ -228,7 +229,7 @@ def _detect(images: Tensor) -> Detections:
         iou=table(iou, 0.0),
         color_error=table((blobs.rgb[:, None] - palette).norm(dim=-1), math.inf),
         xy=table(xy, 0.0),
-        radius=table((area / unit[shape]).sqrt(), 1.0),
+        radius=table(radius.gather(1, shape[:, None])[:, 0], 1.0),
         rgb=table(flat, 0.0),
         valid=table(torch.ones_like(blobs.image, dtype=torch.bool), False),
         num=num,
@@ -305,21 +306,8 @@ def _place(image: Tensor, corner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return image[:, None, None], (corner[:, 1, None] + steps)[:, :, None], (corner[:, 0, None] + steps)[:, None, :]
 
 
-def _match(blobs: _Blobs, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU [B,4] of blobs with the four shapes of their own centre and area; coverage [B,C,C] of the best."""
-    radius = (blobs.area[:, None] / unit).sqrt()
-    centre = (blobs.xy - blobs.corner)[:, None].expand(*radius.shape, 2)
-    kinds = torch.arange(len(SHAPES), device=unit.device).expand_as(radius)
-    cover = coverage(kinds, centre, radius, _WINDOW)
-    # both sides cut at half coverage, which a blur hardly moves; areas are those of the whole picture, so that a blob
-    # that fills its window does not match a giant shape
-    common = (blobs.mask[:, None] & (cover >= 0.5)).sum((-2, -1))
-    iou = common / (2 * blobs.area[:, None] - common)
-    return iou, cover[torch.arange(len(iou), device=iou.device), iou.argmax(1)]
-
-
-def _refine(blobs: _Blobs) -> tuple[Tensor, Tensor]:
-    """Area [B] and centre [B,2] to a fraction of a pixel: the colour of a rim pixel tells how much of it is covered."""
+def _refine(blobs: _Blobs) -> tuple[Tensor, Tensor, Tensor]:
+    """How much of each pixel [B,C,C] a blob covers, by how far its colour has gone: so its area [B] and centre [B,2]."""
     step = blobs.rgb - BACKGROUND
     way = ((blobs.seen - BACKGROUND) * (step / step.square().sum(1, keepdim=True))[:, None, None]).sum(-1)
     covered = way.clamp(0, 1) * _dilate(blobs.mask.float()) * (blobs.mask | blobs.free)
@@ -327,7 +315,26 @@ def _refine(blobs: _Blobs) -> tuple[Tensor, Tensor]:
     axis = torch.arange(_WINDOW, device=area.device) + 0.5
     xy = torch.stack([covered.sum(1) @ axis, covered.sum(2) @ axis], -1) / area[:, None] + blobs.corner
     overflows = blobs.mask.sum((1, 2)) < blobs.area
-    return torch.where(overflows, blobs.area, area), torch.where(overflows[:, None], blobs.xy, xy)
+    return covered, torch.where(overflows, blobs.area, area), torch.where(overflows[:, None], blobs.xy, xy)
+
+
+def _match(blobs: _Blobs, covered: Tensor, xy: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU [B,4] of blobs with the four shapes at xy [B,2] with radius [B,4]; coverage [B,C,C] by the best.
+
+    Only a pixel that is off by more than half counts as different. A blur does not change that, nor does noise on an
+    outline that lies just in the middle of a row of pixels.
+    """
+    centre = (xy - blobs.corner)[:, None].expand(*radius.shape, 2)
+    kinds = torch.arange(len(SHAPES), device=radius.device).expand_as(radius)
+    cover = coverage(kinds, centre, radius, _WINDOW)
+    template = cover >= 0.5
+    off = covered[:, None] - cover
+    missing = (template & (off < -0.5)).sum((-2, -1))
+    outside = blobs.area - blobs.mask.sum((1, 2))  # the part that overflows the window is none of any shape
+    extra = (off > 0.5).sum((-2, -1)) + outside[:, None]
+    size = template.sum((-2, -1))
+    iou = (size - missing) / (size + extra)
+    return iou, cover[torch.arange(len(iou), device=iou.device), iou.argmax(1)]
 
 
 def _unit_area(name: str) -> float:

@@ -101,7 +101,11 @@ def test_bad_files_are_named(tmp_path, name, data, parts):
 def test_missing_files_suggest_their_neighbours(tmp_path, monkeypatch):
     write(tmp_path, "captions.txt", "a")
     monkeypatch.chdir(tmp_path)
-    for name, part in [("caption.txt", "did you mean 'captions.txt'"), ("shape", "did you mean 'shapes'"), (".", "is a folder")]:
+    for name, part in [
+        ("caption.txt", "did you mean 'captions.txt'"),
+        ("shape", "did you mean 'shapes'"),
+        (".", "is a folder"),
+    ]:
         with pytest.raises(DataError, match=part):
             load_prompts(name)
     with pytest.raises(DataError, match="prompt 1 of the list: the prompt is empty"):
@@ -123,7 +127,9 @@ def test_the_fingerprint_sees_text_metadata_and_order():
 
 
 def prompts(count, **metadata):
-    return [Prompt(id=i, text=f"p{i % 3}", metadata={k: v[i % len(v)] for k, v in metadata.items()}) for i in range(count)]
+    return [
+        Prompt(id=i, text=f"p{i % 3}", metadata={k: v[i % len(v)] for k, v in metadata.items()}) for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize(("count", "per_iteration"), [(12, 4), (10, 4), (7, 3)])

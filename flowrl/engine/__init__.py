@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -12,7 +14,7 @@ from flowrl.resolve import resolve
 
 
 class Engine(Protocol):
-    """The few things that processes must do together. All of them must be called by every process, in the same order."""
+    """The few things that processes must do together. Each must be called by every process, in the same order."""
 
     rank: int
     world: int
@@ -63,6 +65,17 @@ def default_device(device: str = "auto") -> torch.device:
         kind = torch.accelerator.current_accelerator()
         return torch.device(f"{kind.type if kind else 'cuda'}:{os.environ.get('LOCAL_RANK', '0')}")
     return torch.device("cpu")
+
+
+@contextmanager
+def together(engine: Engine) -> Iterator[None]:
+    """All processes leave this block, or all of them stop with the error of the one that failed in it."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    raise_together(engine, error)
 
 
 def raise_together(engine: Engine, error: BaseException | None) -> None:

@@ -14,6 +14,7 @@ import json
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowrl.shapes.scenes import Scenes, draw, prompts, render
-from rewards.shapes import CATEGORIES, COLORS, NUMBERS, RELATIONS, SHAPES, Spec, Thing
+from rewards.shapes import CATEGORIES, COLORS, NUMBERS, RELATIONS, SHAPES, Spec, Thing, parse
 
 MAX_TOKENS = 10
 LATENT = (4, 12, 12)
@@ -49,12 +50,16 @@ class Recipe:
     """Share of captions in which one word is replaced by another of its kind."""
     caption_drop: float = 0.1
     """Share of captions replaced by the empty one, for classifier-free guidance (arXiv:2207.12598)."""
+    focus_from: int = 6_500
+    """From this step on half of every batch is hard prompts at high noise, where layout and binding are decided."""
     ema: float = 0.998
     save_every: int = 500
 
 
-# Relations and bindings are the hard part of the world, so half of the pool is about them.
+# Relations and bindings are the hard part of the world, so half of the pool is about them, and most of the focus is.
 _MIX = {"single": 1, "two": 2, "counting": 2, "colors": 1, "position": 3, "attribution": 3}
+_FOCUS = {"position": 0.6, "attribution": 0.3, "counting": 0.1}
+_FOCUS_NOISE = 0.6  # lowest t of the focus
 
 
 # ------------------------------------------------------------------------------------------------ parts
@@ -351,14 +356,20 @@ def train_denoiser(recipe: Recipe, folder: Path, autoencoder: nn.Module) -> tupl
     ids = tokenizer(list(vocabulary), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     caption_of = torch.tensor([vocabulary[c] for c in captions])
     encoders = [modules["text_encoder"], modules["text_encoder_2"]]
+    category = [spec.category if (spec := parse(text)) else "" for text in captions]
+    size = Counter(category)
+    share = torch.tensor([_FOCUS.get(c, 0.0) / size[c] for c in category])
 
     def loss(generator: torch.Generator) -> Tensor:
         n = recipe.denoiser_batch
         pick = torch.randint(len(latents), (n,), generator=generator)
         dropped = torch.rand(n, generator=generator) < recipe.caption_drop
-        text = torch.where(dropped, 0, caption_of[pick])
-        x0, eps = latents[pick], torch.randn(n, *LATENT, generator=generator)
-        t = torch.sigmoid(0.2 + 1.2 * torch.randn(n, generator=generator))  # logit-normal, SD3 eq. 19
+        eps = torch.randn(n, *LATENT, generator=generator)
+        t = torch.sigmoid(0.2 + 1.2 * torch.randn(n, generator=generator))  # logit-normal, as SD3
+        if stage.step >= recipe.focus_from:
+            pick[: n // 2] = torch.multinomial(share, n // 2, generator=generator)
+            t[: n // 2] = _FOCUS_NOISE + (1 - _FOCUS_NOISE) * torch.rand(n // 2, generator=generator)
+        text, x0 = torch.where(dropped, 0, caption_of[pick]), latents[pick]
         x = torch.lerp(x0, eps, t[:, None, None, None])
         unique, inverse = text.unique(return_inverse=True)
         tokens, pooled = embed(encoders, ids.input_ids[unique])

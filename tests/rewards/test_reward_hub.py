@@ -19,19 +19,19 @@ def test_a_slow_reward_runs_while_the_caller_goes_on():
 
     def slow(samples):
         started.set()
-        assert release.wait(10)
+        assert release.wait(60)
         return mean(samples)
 
     with RewardHub(slow) as hub:
         ticket = hub.submit(batch(2))
-        assert started.wait(10)  # the reward is running, and this thread is free
+        assert started.wait(60)  # the reward is running, and this thread is free
         release.set()
         assert hub.result(ticket).total.tolist() == pytest.approx(mean(batch(2)))
 
 
 def test_lanes_of_two_devices_run_at_the_same_time():
     """Each waits for the other, which only works if both run at once. "meta" is a second device on any machine."""
-    barrier = threading.Barrier(2, timeout=10)
+    barrier = threading.Barrier(2, timeout=60)
 
     def here(samples):
         barrier.wait()
@@ -43,6 +43,23 @@ def test_lanes_of_two_devices_run_at_the_same_time():
 
     with RewardHub([{"use": here, "device": "cpu"}, {"use": there, "device": "meta"}]) as hub:
         assert hub(batch(2)).total.tolist() == [3.0, 3.0]
+
+
+def test_a_reward_runs_where_the_entry_says_or_where_it_wants_or_where_the_hub_is():
+    seen = {}
+
+    def reward(samples):
+        seen.setdefault("devices", []).append(samples[0].media.device.type)
+        return [0.0] * len(samples)
+
+    for entry in (
+        {"use": reward, "device": "cpu"},
+        {"use": declare(device="cpu")(lambda samples: reward(samples))},
+        reward,
+    ):
+        with RewardHub(entry, device="meta") as hub:
+            hub([noise()])
+    assert seen["devices"] == ["cpu", "cpu", "meta"]
 
 
 def test_one_lane_is_first_in_first_out_on_one_thread():
@@ -74,7 +91,7 @@ def test_results_come_in_the_order_of_the_config_whoever_is_first():
         result = hub(batch(4))
     assert list(result.scores) == list(result.parts) == list(result.seconds) == ["late", "early"]
     assert all(list(entry) == ["late", "early"] for entry in result.info)
-    assert result.seconds["late"] >= 0.05 > result.seconds["early"]
+    assert result.seconds["late"] >= 0.05
 
 
 def test_batches_are_cut_and_put_together_in_order():
@@ -157,13 +174,13 @@ def test_a_closed_hub_drops_what_has_not_started():
     done = []
 
     def slow(samples):
-        release.wait(10)
+        release.wait(60)
         done.append(samples[0].prompt)
         return mean(samples)
 
     hub = RewardHub(slow)
     first, second = hub.submit([noise(0)]), hub.submit([noise(1)])
-    threading.Timer(0.05, release.set).start()
+    second.futures["slow"].add_done_callback(lambda _: release.set())  # being dropped, it lets the first one go on
     hub.close()
     assert done == ["prompt 0"]
     assert not hub.result(first).total.isnan().any()

@@ -208,7 +208,10 @@ def test_videos_and_media_say_what_a_function_judges():
 
 
 def test_columns_of_different_sizes_are_scored_in_order():
+    calls = []
+
     def mine(images, prompts):
+        calls.append(prompts)
         return Scores(
             value=images.flatten(1).mean(1),
             parts={"width": torch.full((len(prompts),), float(images.shape[-1]))},
@@ -216,6 +219,7 @@ def test_columns_of_different_sizes_are_scored_in_order():
         )
 
     result = score(mine, [noise(0, 8), noise(1, 16), noise(2, 8)])
+    assert calls == [["prompt 0", "prompt 2"], ["prompt 1"]]
     assert result.parts["mine"]["width"].tolist() == [8, 16, 8]
     assert [entry["mine"]["prompt"] for entry in result.info] == ["prompt 0", "prompt 1", "prompt 2"]
     assert result.total.tolist() == pytest.approx(

@@ -343,8 +343,8 @@ def test_a_tinted_background_and_a_faded_object_cost():
 
 def test_dirt_too_small_to_be_an_object_is_dirt():
     image = one(("circle", "red", 48, 48))
-    for x in range(4, 92, 11):
-        image[:, 0, 8:11, x : x + 3] = 0.1
+    for x, y in itertools.product(range(4, 92, 11), (8, 84)):
+        image[:, 0, y : y + 3, x : x + 3] = 0.1
     found = detect(image)
     assert int(found.num) == 1 and float(found.residual) > LEVELS["stricter"].residual
 

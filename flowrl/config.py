@@ -75,8 +75,6 @@ class ModelConfig(Section):
     """null trains all weights."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the forward passes and of frozen weights; logprobs and latents are float32 always."""
-    train_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which trained weights are kept; in bfloat16 updates below 0.4 % of a weight vanish."""
     guidance: Annotated[float, BeforeValidator(_no_bool), Field(ge=0)] = 1.0
     """Classifier-free guidance in rollout, training and evaluation; 1 = off, anything else doubles the calls."""
     height: Count | None = None

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flowrl import checkpoint
 from flowrl.algorithms.advantages import group_advantages
-from flowrl.checkpoint import CheckpointError, RunLock, flatten_optimizer, restore_optimizer
+from flowrl.checkpoint import Checkpoint, CheckpointError, RunLock, flatten_optimizer, restore_optimizer
 from flowrl.collect import Conditions, Geometry, decode_and_submit, roll_out
 from flowrl.config import Config, diff, dump, identity
 from flowrl.data import PromptSampler, fingerprint, load_prompts, shard
@@ -72,6 +72,7 @@ class Trainer:
         """What must be the same when the run is resumed."""
         self.hub = RewardHub([entry.entry() for entry in config.rewards], device=self.engine.device)
         self.measures = [resolve(name, "flowrl.measures") for name in data.evaluation.measures]
+        state = self._resumable() if resume else None
         self.policy = self._build_policy()
         self.geometry = geometry_of(config, self.policy.model)
         self.conditions = Conditions(encode=self.policy.encode)
@@ -90,8 +91,8 @@ class Trainer:
         """Training time of all iterations so far, evaluations and checkpoints excluded."""
         self.evaluations: dict[str, dict[str, Any]] = {}
         self.signal: int | None = None
-        if resume:
-            self._resume()
+        if state is not None:
+            self._take_up(state)
         self.log = RunLog(self.folder, config.log, resume_at=self.iteration, total=config.iterations, main=self.main)
 
     # -------------------------------------------------------------------------------------------- the story
@@ -231,7 +232,9 @@ class Trainer:
             save_grid(found, self.folder / "samples" / f"{self.iteration:06d}.png", settings.grid_prompts)
             self._remember_scores(found)
             self.log.evaluation(self.iteration, self.evaluations[str(self.iteration)])
-            self.log.say(f"evaluation after {self.iteration} iterations: {headline(self.evaluations[str(self.iteration)])}")
+            self.log.say(
+                f"evaluation after {self.iteration} iterations: {headline(self.evaluations[str(self.iteration)])}"
+            )
 
     def _remember_scores(self, found: Evaluation) -> None:
         """Per-sample scores beside the picture: what paired standard errors are made of."""
@@ -325,8 +328,8 @@ class Trainer:
         self.saved = self.iteration
         self.engine.barrier()
 
-    def _resume(self) -> None:
-        """Take up the newest valid checkpoint; everything must be as it was, or the run stops here and says why."""
+    def _resumable(self) -> Checkpoint:
+        """The newest valid checkpoint; everything must be as it was, or the run stops here and says why."""
         state = checkpoint.latest_valid(self.folder / "checkpoints")
         pairs = diff(state.meta["identity"], self.identity)
         if changed := [f"{key}: {then!r} then, {now!r} now" for key, (then, now) in pairs.items()]:
@@ -334,6 +337,10 @@ class Trainer:
                 f"{state.path} belongs to a run with another config: " + "; ".join(changed) + ". "
                 "Put the old values back, or start a new run with another output_dir."
             )
+        return state
+
+    def _take_up(self, state: Checkpoint) -> None:
+        """Go on from a checkpoint."""
         tensors: dict[str, dict[str, Tensor]] = {name: {} for name in ("policy", "optimizer")}
         for key, tensor in state.tensors.items():
             part, _, rest = key.partition(".")

@@ -5,7 +5,7 @@ Symbols: P prompts, B samples (leaves), E stored stochastic edges, *L latent dim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
@@ -92,6 +92,9 @@ class Model(Protocol):
     """A generator in flow coordinates; one file a family under `flowrl.models`."""
 
     trainable: torch.nn.Module
+    height: int
+    """Pixels that it generates by default."""
+    width: int
 
     def noise_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """Shape of one sample's latent, without the batch dimension."""
@@ -148,5 +151,3 @@ class Algorithm(Protocol):
         """Loss of a minibatch whose trajectory holds only its own edges."""
         ...
 
-
-RewardFn = Callable[[Sequence[Any]], Any]

@@ -174,9 +174,9 @@ class Detections(NamedTuple):
 class _Blobs(NamedTuple):
     """B connected regions of N pictures.
 
-    image, rank among the image's blobs by area, hue (palette index) [B]; area [B] and centre xy [B,2] of its pixels; rgb
-    [B,3] mean colour; corner [B,2] (x, y) of its window; mask [B,C,C] its pixels in the window; free [B,C,C] the pixels
-    of no blob; seen [B,C,C,3] the picture in the window.
+    image, rank among the image's blobs by area, hue (palette index) [B]; area [B] and centre xy [B,2] of its pixels;
+    rgb [B,3] mean colour; corner [B,2] (x, y) of its window; mask [B,C,C] its pixels in the window; free [B,C,C] the
+    pixels of no blob; seen [B,C,C,3] the picture in the window.
     """
 
     image: Tensor
@@ -307,7 +307,7 @@ def _place(image: Tensor, corner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _refine(blobs: _Blobs) -> tuple[Tensor, Tensor, Tensor]:
-    """How much of each pixel [B,C,C] a blob covers, by how far its colour has gone: so its area [B] and centre [B,2]."""
+    """How much of each pixel [B,C,C] a blob covers, by how far the colour has gone; hence area [B] and centre [B,2]."""
     step = blobs.rgb - BACKGROUND
     way = ((blobs.seen - BACKGROUND) * (step / step.square().sum(1, keepdim=True))[:, None, None]).sum(-1)
     covered = way.clamp(0, 1) * _dilate(blobs.mask.float()) * (blobs.mask | blobs.free)
@@ -389,14 +389,18 @@ def _dilate(cover: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """How exact a picture must be: least template IoU, largest RGB distance from the colour, largest residual."""
+    """How exact a picture must be: least template IoU, largest RGB distance from the colour, largest residual.
+
+    For orientation: drawn scenes reach IoU 0.99 and residual 0; blurred with sigma 1: 0.98 and 0.02; sent through the
+    world's own small autoencoder: 0.93 and 0.025.
+    """
 
     iou: float
     color: float
     residual: float
 
 
-LEVELS = {"default": Level(0.80, 0.25, 0.10), "stricter": Level(0.86, 0.12, 0.05)}
+LEVELS = {"default": Level(0.85, 0.25, 0.10), "stricter": Level(0.90, 0.12, 0.05)}
 CLEAN = 0.025  # residual up to which a picture is perfectly clean: what the world's own small autoencoder leaves
 DIRT_SCALE = 0.05  # every such amount of residual above it divides the cleanliness by e
 COS_SIDE = math.cos(math.pi / 4)  # "left of" = within 45 degrees of exactly to the left

@@ -149,7 +149,12 @@ def test_parts_groups_and_measures(trainer, tmp_path):
         "    value = torch.tensor(brightness(samples))\n"
         "    return Scores(value=value, parts={'half': value / 2}, info=[{} for _ in samples])\n"
     )
-    run = trainer({"rewards": [{"use": f"{path}:score", "name": "mine"}], "data.evaluation": {"num_samples": 5, "grid_prompts": 2}})
+    run = trainer(
+        {
+            "rewards": [{"use": f"{path}:score", "name": "mine"}],
+            "data.evaluation": {"num_samples": 5, "grid_prompts": 2},
+        }
+    )
     asked = []
 
     def measure(media, texts, group):

@@ -1,0 +1,251 @@
+"""Every command of the command line, and weights that any diffusers pipeline can use."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from flowrl.config import load_config
+from flowrl.configfile import dump_yaml
+from samplers import noise_source
+from tests import runs
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("train", "plan", "eval", "sample", "export", "doctor", "config", "shapes")
+
+
+# ------------------------------------------------------------------------------------------------ help
+
+
+def test_help_answers_at_once():
+    """In time on the processor, which a busy machine does not change; and without importing torch."""
+    code = (
+        "import sys\nfrom flowrl import cli\nsys.argv = ['flowrl', '--help']\ntry:\n    cli.main()\nfinally:\n"
+        "    print('heavy:', sorted({'torch', 'numpy', 'pydantic', 'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and "heavy: []" in done.stdout
+    assert all(name in done.stdout for name in COMMANDS)
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(command, name):
+    code, out, _ = command(name, "--help")
+    assert code == 0 and "Usage" in out
+
+
+def test_an_unknown_command_or_option_is_refused(command):
+    assert command("trian")[0] == 2
+    assert command("doctor", "--quick")[0] == 2
+
+
+# ------------------------------------------------------------------------------------------------ without a run
+
+
+def test_a_config_is_checked_and_shown(command, config_file, tmp_path):
+    path = config_file()
+    code, out, _ = command("config", "check", path)
+    assert code == 0 and "ok" in out
+    code, out, _ = command("config", "show", path, "optimizer.lr=0.5", "rewards.0.weight=2")
+    assert code == 0
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(out)
+    config = load_config(shown)
+    assert config == load_config(path, ["optimizer.lr=0.5", "rewards.0.weight=2"])
+    assert config.optimizer.lr == 0.5 and config.rewards[0].weight == 2
+
+
+def test_every_config_in_the_repository_is_valid(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    paths = [path for path in sorted(Path("configs").rglob("*.yaml")) if path.name != "base.yaml"]
+    assert Path("configs/quickstart.yaml") in paths
+    for path in paths:
+        code, _, err = command("config", "check", path)
+        assert code == 0 or "rapidocr" in err, err  # an extra that need not be installed
+
+
+def test_a_plan_says_what_a_run_costs_and_starts_nothing(command, config_file, tmp_path):
+    code, out, _ = command("plan", config_file({"model.lora": runs.LORA}), "model.guidance=2.0")
+    assert code == 0 and not (tmp_path / "run").exists()
+    line = " ".join(out.split())
+    # 3 prompts x 4 samples, window 2 of 4 steps from a shared start: 3 + 12 * 3 calls, 3 + 12 trained, twice.
+    assert (
+        "78 rollout + 30 train an iteration" in line and "SS.." in line and "3 x 4 = 12" in line.replace("prompts ", "")
+    )
+    assert "LoRA" in line and "parameters" in line
+
+
+def test_doctor(command):
+    code, out, _ = command("doctor")
+    assert code == 0
+    assert torch.__version__.split("+")[0] in out and all(word in out for word in ("python", "device", "extra ocr"))
+
+
+def test_scenes_of_the_built_in_world(command, tmp_path):
+    path = tmp_path / "scenes.png"
+    code, out, _ = command("shapes", "draw", "a red circle", "two stars", "--output", path)
+    assert code == 0 and str(path.name) in out.replace("\n", "")
+    red = [p for p in Image.open(path).convert("RGB").getdata() if p[0] > 180 and p[1] < 90 and p[2] < 90]
+    assert len(red) > 100
+    assert command("shapes", "draw", "--output", tmp_path / "all.png")[0] == 0
+    assert Image.open(tmp_path / "all.png").size[0] > Image.open(path).size[0]
+    code, _, err = command("shapes", "draw", "a purple cow", "--output", path)
+    assert code == 2 and "'a purple cow' is no sentence of the built-in world" in err
+
+
+# ------------------------------------------------------------------------------------------------ with a run
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory):
+    """{kind: folder} of two runs of the command line, far enough from the base model to see it."""
+    from flowrl.train import Trainer
+
+    folders = {}
+    for kind, lora in (("lora", runs.LORA), ("full", None)):
+        folder = tmp_path_factory.mktemp("cli") / kind
+        changes = {
+            "iterations": 2, "evaluate_every": 2, "model.lora": lora, "optimizer.lr": 3e-2, "model.guidance": 2.0,
+            "model.height": 16, "data.evaluation.num_steps": 5,
+        }  # fmt: skip
+        Trainer(runs.config(tiny_model, folder, changes)).run()
+        folders[kind] = folder
+    return folders
+
+
+both_kinds = pytest.mark.parametrize("kind", ["lora", "full"])
+
+
+def test_train_tells_its_plan_and_its_progress(command, config_file, tmp_path):
+    code, out, err = command("train", config_file(), "iterations=2", "evaluate_every=1")
+    assert code == 0, err
+    assert "denoiser calls" in out and "1/2" in out and "2/2" in out and "evaluation after 2 iterations" in out
+    assert "Traceback" not in err and (tmp_path / "run" / "report.html").is_file()
+
+
+@both_kinds
+def test_exported_weights_draw_the_policys_pictures_in_plain_diffusers(trained, tiny_model, kind):
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    from flowrl.collect import Conditions, sample
+    from flowrl.standalone import run_config
+    from flowrl.train import Trainer, geometry_of
+    from flowrl.types import Prompt
+
+    folder = trained[kind]
+    run = Trainer(run_config(folder), resume=True)
+    run.lock.release()
+    wanted = [Prompt(id=i, text=text) for i, text in enumerate(runs.PROMPTS)]
+    geometry = geometry_of(run.config, run.policy.model)
+    with run.policy.averaged():
+        ours = sample(
+            run.policy, wanted, range(3), Conditions(encode=run.policy.encode), geometry,
+            num_steps=run.config.data.evaluation.num_steps, seed=5,
+        )[:, 0]  # fmt: skip
+    shape = run.policy.model.noise_shape(16, 32)
+    index = torch.arange(3)
+    noise = noise_source(shape, seed=5, iteration=-1, prompt=index)(index, torch.zeros_like(index), -1)
+
+    parts = {"text_encoder_3": None, "tokenizer_3": None}
+    base = StableDiffusion3Pipeline.from_pretrained(tiny_model, **parts)
+    if kind == "full":
+        transformer = SD3Transformer2DModel.from_pretrained(folder / "weights" / "transformer")
+        pipe = StableDiffusion3Pipeline.from_pretrained(tiny_model, transformer=transformer, **parts)
+    else:
+        pipe = StableDiffusion3Pipeline.from_pretrained(tiny_model, **parts)
+        pipe.load_lora_weights(folder / "weights")
+    settings = json.loads((folder / "weights" / "inference.json").read_text())
+    assert (settings["height"], settings["width"], settings["num_inference_steps"]) == (16, 32, 5)
+    assert settings["guidance_scale"] == 2.0
+    base.set_progress_bar_config(disable=True)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(runs.PROMPTS, latents=noise.clone(), output_type="pt", **settings).images
+    untrained = base(runs.PROMPTS, latents=noise.clone(), output_type="pt", **settings).images
+    assert theirs.shape == ours.shape == (3, 3, 16, 32)
+    assert torch.allclose(theirs, ours, atol=1e-4)
+    assert (theirs - untrained).abs().max() > 1e-2
+
+
+@both_kinds
+def test_an_evaluation_of_a_run_finds_what_the_run_found(trained, command, kind):
+    from rich.console import Console
+
+    from flowrl.standalone import evaluate_run
+
+    folder = trained[kind]
+    summary = json.loads((folder / "summary.json").read_text())
+    found = evaluate_run(
+        folder, num_samples=None, num_steps=None, seed=None, with_base=True, console=Console(quiet=True)
+    )
+    for side, name in (("base", "base"), ("final", "tuned")):
+        expected = summary[side]["scores"]["pixel.brightness"]["mean"]
+        assert found[name].scores["pixel.brightness"].mean().item() == pytest.approx(expected, rel=1e-4)
+    assert found["base"].scores["pixel.brightness"].mean() != found["tuned"].scores["pixel.brightness"].mean()
+    code, out, _ = command("eval", folder, "--num-samples", 3, "--num-steps", 2, "--seed", 3, "--no-base")
+    assert code == 0 and "pixel.brightness" in out and "tuned" in out and "base" not in out
+    code, out, _ = command("eval", folder, "--num-samples", 3)
+    assert code == 0 and "gain" in out and "±" in out
+
+
+def test_samples_from_a_model_and_from_a_run(trained, tiny_model, command, tmp_path):
+    def draw(name, *arguments):
+        path = tmp_path / name
+        code, _, err = command("sample", "a cat", "a dog", "--output", path, "--count", 2, *arguments)
+        assert code == 0, err
+        return Image.open(path).tobytes()
+
+    model = draw("model.png", "--model", tiny_model)
+    assert draw("again.png", "--model", tiny_model) == model != draw("seed.png", "--model", tiny_model, "--seed", 1)
+    assert draw("guided.png", "--model", tiny_model, "--guidance", 5) != model
+    run = draw("run.png", "--from", trained["full"])
+    assert (
+        run == draw("weights.png", "--from", trained["full"] / "weights") != draw("lora.png", "--from", trained["lora"])
+    )
+    steps = draw("steps.png", "--from", trained["full"], "--num-steps", 2)
+    assert steps != run
+
+
+@both_kinds
+def test_an_export_of_a_checkpoint_is_that_of_the_run(trained, command, tmp_path, kind):
+    def bytes_of(folder):
+        return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".md"}
+
+    code, _, err = command("export", trained[kind], "--output", tmp_path / "out")
+    assert code == 0, err
+    assert bytes_of(tmp_path / "out") == bytes_of(trained[kind] / "weights")
+    assert command("export", trained[kind], "--output", tmp_path / "last", "--no-averaged")[0] == 0
+    assert bytes_of(tmp_path / "last").keys() == bytes_of(tmp_path / "out").keys()
+    assert bytes_of(tmp_path / "last") != bytes_of(tmp_path / "out")
+
+
+def test_a_run_without_weights_says_how_to_get_them(trained, command, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.yaml").write_text((trained["full"] / "config.yaml").read_text())
+    for arguments in (["eval", unfinished], ["sample", "a cat", "--from", unfinished]):
+        code, _, err = command(*arguments)
+        assert code == 2 and "has no exported weights" in err and f"flowrl export {unfinished}" in err
+
+
+def test_a_base_model_from_nothing(command, tmp_path):
+    """The smallest pretraining there can be gives a pipeline that draws."""
+    sizes = ["--steps", 1, "--autoencoder-steps", 1, "--pool", 200]
+    code, _, err = command("shapes", "pretrain", "--output", tmp_path / "base", *sizes)
+    assert code == 0, err
+    code, _, err = command("sample", "a red circle", "--model", tmp_path / "base", "--output", tmp_path / "one.png")
+    assert code == 0 and Image.open(tmp_path / "one.png").size[0] > 96, err
+
+
+def test_a_config_may_come_with_its_base(command, tiny_model, tmp_path):
+    (tmp_path / "base.yaml").write_text(dump_yaml(runs.tree(tiny_model, tmp_path / "run")))
+    (tmp_path / "child.yaml").write_text("base: base.yaml\noptimizer: {lr: 0.25}\n")
+    code, out, _ = command("config", "show", tmp_path / "child.yaml")
+    assert code == 0 and "lr: 0.25" in out and "name: mix_grpo" in out

@@ -1,0 +1,37 @@
+"""The notebooks run from the first cell to the last, and are stored without output."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def test_there_are_notebooks():
+    assert {path.name for path in NOTEBOOKS} >= {"01_samplers.ipynb", "02_quickstart.ipynb"}
+
+
+@every_notebook
+def test_it_is_stored_without_output(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs
+            assert cell.execution_count is None
+
+
+@pytest.mark.slow
+@every_notebook
+def test_it_runs(path):
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    # Where a reader's Jupyter starts it: in the folder of the notebook.
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
+    assert any(cell.get("outputs") for cell in notebook.cells)

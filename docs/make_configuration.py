@@ -1,7 +1,7 @@
 """Write docs/configuration.md from the fields of the config, so that the page cannot disagree with the code.
 
-    python docs/make_configuration.py            write the page
-    python docs/make_configuration.py --check    exit with 1 when it is out of date (the tests do the same)
+python docs/make_configuration.py            writes the page
+python docs/make_configuration.py --check    exits with 1 when it is out of date (the tests do the same)
 """
 
 from __future__ import annotations
@@ -39,20 +39,21 @@ flowrl config show configs/quickstart.yaml optimizer.lr=1e-4       # with every 
 flowrl plan configs/quickstart.yaml                                # samples, steps, network calls, updates
 ```
 
-**Files.** `base: other.yaml` (or a list of files, relative to the file that names them) puts a file below this one. Sections
-are merged key by key. Everything else is replaced, lists too. A section `algorithm` that names another algorithm starts anew.
+**Files.** `base: other.yaml` (or a list of files, relative to the file that names them) puts a file below this one.
+Sections are merged key by key. Everything else is replaced, lists too. A section `algorithm` that names another
+algorithm starts anew.
 
-**Overrides.** `key.key=value` after the file name wins over the file; the value is read as YAML. A number is a place in a list:
-`rewards.0.weight=0.5`. A whole list is written `'rewards=[{use: shapes}]'`.
+**Overrides.** `key.key=value` after the file name wins over the file; the value is read as YAML. A number is a place in
+a list: `rewards.0.weight=0.5`. A whole list is written `'rewards=[{use: shapes}]'`.
 
 **References.** `${data.samples_per_prompt}` is the value of another key. `\\${` stands for the characters themselves.
 
-**The dialect** is the core of YAML 1.2: `1e-4` is a number, `no` is a word. A key that stands twice, a tag, an anchor and an
-alias are refused. An unknown key is an error that names the nearest known one; nothing is ignored in silence.
+**The dialect** is the core of YAML 1.2: `1e-4` is a number, `no` is a word. A key that stands twice, a tag, an anchor
+and an alias are refused. An unknown key is an error that names the nearest known one; nothing is ignored in silence.
 
-**Names.** `algorithm.name`, `model.family`, `engine.name` and `rewards.*.use` take a file of the package (`mix_grpo`), something
-importable (`package.module:Name`), or a file of yours (`./mine.py:Name`). Naming a file runs it: read a config from elsewhere
-as you would read a program.
+**Names.** `algorithm.name`, `model.family`, `engine.name` and `rewards.*.use` take a file of the package (`mix_grpo`),
+something importable (`package.module:Name`), or a file of yours (`./mine.py:Name`). Naming a file runs it: read a
+config from elsewhere as you would read a program.
 """
 
 SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
@@ -70,8 +71,9 @@ SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
 )
 
 REWARDS_NOTE = (
-    "A list of entries. `rewards: [shapes]` and `rewards: {shapes: 1.0, ocr: 0.5}` (name: weight) are short forms. Every key of "
-    "an entry that is not in this table is an option of the reward itself, see [below](#options-of-the-rewards)."
+    "A list of entries. `rewards: [shapes]` and `rewards: {shapes: 1.0, ocr: 0.5}` (name: weight) are short forms.\n"
+    "Every key of an entry that is not in this table is an option of the reward itself, see\n"
+    "[below](#options-of-the-rewards)."
 )
 
 
@@ -116,11 +118,13 @@ def resuming() -> Iterator[str]:
     found = config.load_config(QUICKSTART)
     keys = config.identity(found)
     free = [key for key in _leaves(found.model_dump(mode="json")) if key not in keys]
+    listed = ", ".join(f"`{key}`" for key in _grouped(free))
     yield "## What may change when a run is resumed\n"
     yield (
-        "A resumed run must be the same run. These keys may differ all the same, since they say where, how fast and how often, not "
-        "what: " + ", ".join(f"`{key}`" for key in _grouped(free)) + ". With a constant learning rate `iterations` may change "
-        "too. Any other difference is refused, and the message lists it.\n"
+        "A resumed run must be the same run. These keys may differ all the same, since they say where, how fast and\n"
+        f"how often, not what: {listed}.\n\n"
+        "With a constant learning rate `iterations` may change too. Any other difference is refused, and the message\n"
+        "lists it.\n"
     )
 
 

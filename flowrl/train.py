@@ -426,7 +426,7 @@ def reward_metrics(table: Tensor, scores: Mapping[str, Tensor], samples_per_prom
     spread = [g[g.isfinite()].std(correction=0) for g in table.view(-1, samples_per_prompt) if g.isfinite().sum() > 1]
     out = {
         "reward/mean": known.mean().item(),
-        "reward/std": known.std(correction=0).item(),
+        "reward/std": known.std(correction=0).item() if len(known) else math.nan,
         "reward/group_std": torch.stack(spread).mean().item() if spread else math.nan,
     }
     out |= {name: float(value) for name, value in group_advantages(table, group).metrics.items()}

@@ -1,4 +1,4 @@
-"""What travels between the parts of flowrl: prompts, conditions, one iteration's batch, and the protocols of its makers.
+"""What travels between the parts of flowrl: prompts, conditions, one iteration's batch, the protocols of its makers.
 
 Symbols: P prompts, B samples (leaves), E stored stochastic edges, *L latent dimensions, F frames, H x W pixels.
 """
@@ -124,7 +124,7 @@ class Hyperparameters(BaseModel):
 
 
 class Algorithm(Protocol):
-    """A method: which steps are stochastic, what each edge is worth, and the loss. One file each in `flowrl.algorithms`."""
+    """A method: which steps are stochastic, what each edge is worth, and the loss. One file each."""
 
     num_steps: int
     eta: float
@@ -150,4 +150,3 @@ class Algorithm(Protocol):
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         """Loss of a minibatch whose trajectory holds only its own edges."""
         ...
-

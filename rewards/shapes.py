@@ -136,7 +136,7 @@ def coverage(shape: Tensor, xy: Tensor, radius: Tensor, size: int = SIZE) -> Ten
 # ------------------------------------------------------------------------------------------------ detector
 
 MAX_BLOBS = 8
-MIN_AREA = 16  # pixels, a tenth of the smallest object drawn; what is smaller is dirt, not an object
+MIN_AREA = 16  # pixels, a tenth of the smallest object drawn; what is smaller, or only a line, is dirt, not an object
 TINT_ALLOWED = 0.06  # an object's flat colour may lie this far from its palette entry (per channel); the rest is dirt
 _WINDOW = 36  # pixels, the side of the square in which a blob meets its templates; the largest object is 30 wide
 _CHUNK = 64  # pictures at once: what they need stays in the cache
@@ -267,8 +267,8 @@ def _segment(pixels: Tensor, squares: Tensor, palette: Tensor) -> tuple[_Blobs, 
 
     size = torch.bincount(label, minlength=spots)
     inside = torch.bincount(torch.cat([a, b]), minlength=spots) == 4  # all neighbours are its own: not on the soft rim
-    inside |= torch.bincount(label[inside], minlength=spots)[label] == 0  # a blob so thin that it is all rim
-    (root,) = (size >= MIN_AREA).nonzero(as_tuple=True)
+    thick = torch.bincount(label[inside], minlength=spots) > 0  # not the seam where two colours blend into a third
+    (root,) = ((size >= MIN_AREA) & thick).nonzero(as_tuple=True)
     root = root[torch.argsort(image[root] * 2 * side**2 - size[root], stable=True)]  # by image, then the largest first
     num = torch.bincount(image[root], minlength=n)
     rank = torch.arange(len(root), device=num.device) - (num.cumsum(0) - num)[image[root]]

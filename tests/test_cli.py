@@ -63,13 +63,15 @@ def test_a_config_is_checked_and_shown(command, config_file, tmp_path):
     assert config.optimizer.lr == 0.5 and config.rewards[0].weight == 2
 
 
-def test_every_config_in_the_repository_is_valid(command, monkeypatch):
+def test_every_config_in_the_repository_can_be_read(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    paths = [path for path in sorted(Path("configs").rglob("*.yaml")) if path.name != "base.yaml"]
+    paths = sorted(Path("configs").rglob("*.yaml"))
     assert Path("configs/quickstart.yaml") in paths
     for path in paths:
-        code, _, err = command("config", "check", path)
-        assert code == 0 or "rapidocr" in err, err  # an extra that need not be installed
+        if path.name != "base.yaml":
+            code, _, err = command("config", "show", path)
+            assert code == 0, err
+    assert command("config", "check", "configs/quickstart.yaml")[0] == 0
 
 
 def test_a_plan_says_what_a_run_costs_and_starts_nothing(command, config_file, tmp_path):
@@ -93,8 +95,8 @@ def test_scenes_of_the_built_in_world(command, tmp_path):
     path = tmp_path / "scenes.png"
     code, out, _ = command("shapes", "draw", "a red circle", "two stars", "--output", path)
     assert code == 0 and str(path.name) in out.replace("\n", "")
-    red = [p for p in Image.open(path).convert("RGB").getdata() if p[0] > 180 and p[1] < 90 and p[2] < 90]
-    assert len(red) > 100
+    red, green, blue = torch.frombuffer(bytearray(Image.open(path).tobytes()), dtype=torch.uint8).view(-1, 3).unbind(1)
+    assert ((red > 180) & (green < 90) & (blue < 90)).sum() > 100
     assert command("shapes", "draw", "--output", tmp_path / "all.png")[0] == 0
     assert Image.open(tmp_path / "all.png").size[0] > Image.open(path).size[0]
     code, _, err = command("shapes", "draw", "a purple cow", "--output", path)
@@ -235,6 +237,7 @@ def test_a_run_without_weights_says_how_to_get_them(trained, command, tmp_path):
         assert code == 2 and "has no exported weights" in err and f"flowrl export {unfinished}" in err
 
 
+@pytest.mark.slow
 def test_a_base_model_from_nothing(command, tmp_path):
     """The smallest pretraining there can be gives a pipeline that draws."""
     sizes = ["--steps", 1, "--autoencoder-steps", 1, "--pool", 200]

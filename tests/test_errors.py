@@ -39,7 +39,7 @@ def no_model(monkeypatch):
 
 
 CONFIG_MISTAKES = {
-    "unknown key": ("optimizer.lrr=1", [r"override 'optimizer.lrr=1'", "optimizer.lrr", "did you mean 'lr'"]),
+    "unknown key": ("optimizer.lrr=1", [r"override 'optimizer.lrr=1'", "optimizer.lrr", "did you mean 'optimizer.lr'"]),
     "unknown section": ("optimzer.lr=1", ["optimzer", "did you mean 'optimizer'"]),
     "wrong type": ("iterations=many", [r"override 'iterations=many'", "iterations", "whole number"]),
     "not positive": ("optimizer.lr=0", ["optimizer.lr", "greater than 0"]),
@@ -69,12 +69,12 @@ def test_a_config_mistake_is_found_before_anything_is_done(command, config_file,
 @pytest.mark.parametrize("what", ["plan", "config check", "config show"])
 def test_every_command_says_the_same(command, config_file, no_model, what):
     told = command(*what.split(), config_file(), "optimizer.lrr=1")
-    refused(told, "optimizer.lrr", "did you mean 'lr'")
+    refused(told, "optimizer.lrr", "did you mean 'optimizer.lr'")
 
 
 def test_all_mistakes_are_told_at_once(command, config_file, no_model):
     told = command("train", config_file(), "optimizer.lrr=1", "iterations=many", "model.hight=5")
-    refused(told, "3 problems", "optimizer.lrr", "iterations", "model.hight.*did you mean 'height'")
+    refused(told, "3 problems", "optimizer.lrr", "iterations", "model.hight.*did you mean 'model.height'")
 
 
 def test_mistakes_in_files_have_lines(command, config_file, no_model, tmp_path):

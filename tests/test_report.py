@@ -49,7 +49,7 @@ def test_a_grid_shows_each_picture_above_its_prompt(tmp_path):
     greys = [sheet.getpixel((8 + x * 40 + 16, 8 + y * 70 + 16))[0] for y in range(2) for x in range(4)]
     assert greys == pytest.approx([255 * i / 7 for i in range(8)], abs=1)
     caption = sheet.crop((8, 8 + 34, 40, 8 + 60)).convert("L")
-    assert min(caption.getdata()) < 200  # there is writing
+    assert min(caption.tobytes()) < 200  # there is writing
 
 
 def test_no_grid_is_no_file(tmp_path):

@@ -168,7 +168,7 @@ def test_a_finished_run_can_be_made_longer(trainer, tmp_path):
 
 def test_the_count_of_skipped_updates_goes_on(trainer):
     run = trainer({"iterations": 2})
-    run.step(0)
+    run.log.write(0, run.step(0))
     run.iteration, run.updater.skipped = 1, 2
     run._save()
     run.lock.release()

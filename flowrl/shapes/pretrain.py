@@ -43,7 +43,7 @@ class Recipe:
     autoencoder_steps: int = 3_000
     autoencoder_batch: int = 32
     latent_noise: float = 0.35
-    """The decoder learns to undo Gaussian noise up to this standard deviation: small errors of the denoiser do not show."""
+    """Largest std of the Gaussian noise that the decoder learns to undo: small errors of the denoiser do not show."""
     denoiser_steps: int = 9_000
     denoiser_batch: int = 64
     caption_noise: float = 0.3
@@ -169,7 +169,7 @@ def pictures(scenes: Scenes, chunk: int = 500) -> Iterator[Tensor]:
 
 
 def orthogonalised(update: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrices to `update` [N,m,n], by the Newton-Schulz iteration of Muon (Jordan 2024)."""
+    """The nearest (semi-)orthogonal matrices to `update` [N,m,n], by Muon's Newton-Schulz iteration (Jordan 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = update.shape[1] > update.shape[2]
     x = update.mT if tall else update
@@ -214,7 +214,9 @@ def schedule(step: int, steps: int, warmup: int = 200, decay: float = 0.4) -> fl
 class Stage:
     """One resumable training stage: modules, their averages and optimisers, saved every so often as safetensors."""
 
-    def __init__(self, folder: Path, modules: nn.ModuleDict, optimizers: list[torch.optim.Optimizer], ema: float) -> None:
+    def __init__(
+        self, folder: Path, modules: nn.ModuleDict, optimizers: list[torch.optim.Optimizer], ema: float
+    ) -> None:
         self.folder, self.modules, self.optimizers, self.ema = folder, modules, optimizers, ema
         self.average = {name: p.detach().clone() for name, p in modules.named_parameters()}
         self.base_lr = [[group["lr"] for group in opt.param_groups] for opt in optimizers]
@@ -254,7 +256,7 @@ class Stage:
                 opt.state[p] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
     def run(self, steps: int, loss: Callable[[torch.Generator], Tensor], seed: int, save_every: int) -> None:
-        """Minimise `loss` for `steps` steps; each step draws from its own generator, so that a resume changes nothing."""
+        """Minimise `loss` for `steps` steps; each draws from its own generator: a resume changes nothing."""
         self.resume()
         started, first = time.monotonic(), self.step
         while self.step < steps:
@@ -275,7 +277,10 @@ class Stage:
                     self.average[name].lerp_(p, 1 - decay)
             if self.step % 100 == 0:
                 pace = (time.monotonic() - started) / (self.step - first)
-                print(f"{self.folder.name} {self.step}/{steps}  loss {value.item():.4f}  {pace * 1000:.0f} ms/step", flush=True)
+                print(
+                    f"{self.folder.name} {self.step}/{steps}  loss {value.item():.4f}  {pace * 1000:.0f} ms/step",
+                    flush=True,
+                )
             if self.step % save_every == 0 or self.step == steps:
                 self.save()
 
@@ -314,7 +319,9 @@ def train_autoencoder(recipe: Recipe, folder: Path) -> nn.Module:
             error = y.float() - x
             # Objects cover a few per cent of the picture: weigh them up, or flat background wins.
             weight = 1 + 4 * ((x - x.amax((2, 3), keepdim=True)).abs().amax(1, keepdim=True) > 0.1)
-            return (weight * (error.abs() + error**2)).mean() + 0.02 * (mean**2 + var - 1 - torch.log(var + 1e-6)).mean()
+            return (weight * (error.abs() + error**2)).mean() + 0.02 * (
+                mean**2 + var - 1 - torch.log(var + 1e-6)
+            ).mean()
 
         stage.run(recipe.autoencoder_steps, loss, recipe.seed, recipe.save_every)
     stage.finish()
@@ -323,15 +330,17 @@ def train_autoencoder(recipe: Recipe, folder: Path) -> nn.Module:
 
 @torch.no_grad()
 def latent_pool(recipe: Recipe, autoencoder: nn.Module) -> tuple[list[str], Tensor, dict[str, float]]:
-    """Captions, standardised latents [N,*L], and the shift and scale that standardise them (as the VAE config wants them)."""
+    """Captions, standardised latents [N,*L], and the shift and scale that make them so (in the VAE config's sense)."""
     captions, scenes = captioned_scenes(recipe.pool, recipe.seed + 2, recipe.caption_noise)
-    latents = torch.cat([autoencoder.encoder(x.contiguous(memory_format=torch.channels_last)) for x in pictures(scenes)])
+    latents = torch.cat(
+        [autoencoder.encoder(x.contiguous(memory_format=torch.channels_last)) for x in pictures(scenes)]
+    )
     shift, scale = latents.mean().item(), 1 / latents.std().item()
     return captions, ((latents - shift) * scale).contiguous(), {"shift_factor": shift, "scaling_factor": scale}
 
 
 def embed(encoders: list[nn.Module], ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompt embeddings [N,S,128] and pooled ones [N,128], just as StableDiffusion3Pipeline makes them from two CLIPs."""
+    """Prompt embeddings [N,S,128] and pooled ones [N,128], as StableDiffusion3Pipeline makes them of two CLIPs."""
     outputs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
     return torch.cat([o.hidden_states[-2] for o in outputs], -1), torch.cat([o.text_embeds for o in outputs], -1)
 

@@ -26,7 +26,7 @@ _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "be
 
 
 class Scenes(NamedTuple):
-    """N drawn scenes: shape [N,K] index into SHAPES (-1 = empty slot), xy [N,K,2] and radius [N,K] in pixels, rgb [N,K,3]."""
+    """N drawn scenes: shape [N,K] index into SHAPES (-1 empty), xy [N,K,2] and radius [N,K] in pixels, rgb [N,K,3]."""
 
     shape: Tensor
     xy: Tensor

@@ -145,7 +145,8 @@ def test_credit_follows_the_samples_order(cls):
     order = torch.randperm(batch.trajectory.num_leaves, generator=torch.Generator().manual_seed(0))
     shuffled = {name: getattr(batch.trajectory, name)[order] for name in ("x0", "group", "leaf_prompt")}
     fields = {
-        name: getattr(batch.trajectory, name) for name in ("x", "x_next", "t", "t_next", "step", "node", "prompt", "logprob")
+        name: getattr(batch.trajectory, name)
+        for name in ("x", "x_next", "t", "t_next", "step", "node", "prompt", "logprob")
     }
     batch.trajectory = type(batch.trajectory)(leaves=batch.trajectory.leaves[:, order], **shuffled, **fields)
     batch.rewards = batch.rewards[order]

@@ -162,7 +162,10 @@ def test_small_differences_of_writing_do_not_matter():
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_the_checker_agrees_with_the_truth(category):
-    """Right and wrong prompts on clean, blurred and noisy pictures: 98 % in every category, stricter 95 %."""
+    """Right and wrong prompts on clean, blurred and noisy pictures: 98 % in every category.
+
+    The stricter checker does so unless there is noise, which it is there to reject.
+    """
     specs, scenes, images = cases(category)
     others = specs[1:] + specs[:1]
     truth = [
@@ -173,7 +176,8 @@ def test_the_checker_agrees_with_the_truth(category):
     for kind, found in finds.items():
         for which, right in zip((specs, others), truth, strict=True):
             assert (judge(found, which).strict == right).float().mean() >= 0.98, kind
-            assert (judge(found, which, "stricter").strict == right).float().mean() >= 0.95, kind
+            stricter = judge(found, which, "stricter").strict
+            assert stricter.sum() == 0 if kind == "noise" else (stricter == right).float().mean() >= 0.98, kind
 
 
 @pytest.mark.parametrize("category", CATEGORIES)

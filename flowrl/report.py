@@ -43,6 +43,18 @@ def save_grid(evaluation: Evaluation, path: Path, count: int, cell: int = 144) -
     sheet.save(path)
 
 
+def save_pair(before: Path, after: Path, path: Path) -> None:
+    """Two grids of the same prompts side by side, with their titles."""
+    left, right = Image.open(before).convert("RGB"), Image.open(after).convert("RGB")
+    title = 34
+    sheet = Image.new("RGB", (left.width + right.width + 16, max(left.height, right.height) + title), "white")
+    draw = ImageDraw.Draw(sheet)
+    for picture, x, text in ((left, 0, "before"), (right, left.width + 16, "after")):
+        sheet.paste(picture, (x, title))
+        draw.text((x + 8, 6), text, fill=(20, 20, 20), font_size=20)
+    sheet.save(path, optimize=True)
+
+
 def spread(total: int, count: int) -> list[int]:
     """`count` places spread evenly over `total`; the same ones every time, so that pictures can be compared."""
     count = min(count, total)
@@ -67,24 +79,21 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def comparison(folder: Path) -> list[Row]:
-    """Before and after of every score and category of a run, with paired standard errors from its per-sample scores."""
+    """Before and after of every score and category of a run, with paired standard errors: same prompts, same noise."""
     files = sorted((folder / "samples").glob("*.json"))
     if len(files) < 2:
         return []
     first, last = (json.loads(path.read_text()) for path in (files[0], files[-1]))
-    summary = json.loads((folder / "summary.json").read_text())
+    categories = first["categories"]
     rows: list[Row] = []
-    for name in _both(first["scores"], last["scores"]):
+    for name in (name for name in first["scores"] if name in last["scores"]):
         before, after = (_tensor(side["scores"][name]) for side in (first, last))
         rows.append((name, _mean(before), _mean(after), *paired_gain(before, after)))
-        base, final = (summary[side]["scores"][name].get("by_category", {}) for side in ("base", "final"))
-        for category in base:
-            b, f = base[category], final[category]
-            # Categories keep their unpaired error: the table of samples does not say which is which.
-            error = math.hypot(b["se"] or 0.0, f["se"] or 0.0) if b["se"] is not None else None
-            gain = None if b["mean"] is None or f["mean"] is None else f["mean"] - b["mean"]
-            rows.append((f"  {category}", b["mean"], f["mean"], gain, error))
-    for name in _both(summary["base"]["measures"], summary["final"]["measures"]):
+        for category in sorted(set(categories) - {""}):
+            of = torch.tensor([c == category for c in categories])
+            rows.append((f"  {category}", _mean(before[of]), _mean(after[of]), *paired_gain(before[of], after[of])))
+    summary = json.loads((folder / "summary.json").read_text())
+    for name in summary["base"]["measures"]:
         b, f = (summary[side]["measures"][name]["mean"] for side in ("base", "final"))
         rows.append((name, b, f, None if None in (b, f) else f - b, None))
     return rows
@@ -146,6 +155,8 @@ def write_report(folder: Path) -> Path:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     charts = "".join(_chart(name, rows) for name in _curves(rows))
     grids = sorted((folder / "samples").glob("*.png"))
+    if len(grids) > 1:
+        save_pair(grids[0], grids[-1], folder / "before_after.png")
     pair = "".join(
         f"<div><h3>{title}</h3><img alt='{title}' src='data:image/png;base64,{_base64(path)}'></div>"
         for title, path in (("before", grids[0]), ("after", grids[-1]))

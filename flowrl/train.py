@@ -239,8 +239,10 @@ class Trainer:
     def _remember_scores(self, found: Evaluation) -> None:
         """Per-sample scores beside the picture: what paired standard errors are made of."""
         rows = {name: [None if math.isnan(x) else x for x in score.tolist()] for name, score in found.scores.items()}
+        texts = [p.text for p in found.prompts]
+        categories = [str(p.metadata.get("category", "")) for p in found.prompts]
         path = self.folder / "samples" / f"{self.iteration:06d}.json"
-        path.write_text(json.dumps({"prompts": [p.text for p in found.prompts], "scores": rows}))
+        path.write_text(json.dumps({"prompts": texts, "categories": categories, "scores": rows}))
 
     # -------------------------------------------------------------------------------------------- stopping, going on
 

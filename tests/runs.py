@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -97,6 +98,19 @@ def reward_file(folder: Path, body: str, name: str = "reward.py") -> str:
         f"    calls += training\n{lines}\n"
     )
     return f"{path}:score"
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file's contents; of a safetensors file's tensors, since the order of its metadata is random."""
+    if path.suffix != ".safetensors":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    from safetensors.torch import load_file
+
+    found = hashlib.sha256()
+    for name, tensor in sorted(load_file(path).items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def finite(value: float) -> bool:

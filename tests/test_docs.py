@@ -93,6 +93,16 @@ def test_python_examples_run(page, folder, capsys):
             exec(code, namespace)  # the project's own pages
 
 
+@pytest.mark.parametrize("run", ["quickstart", "my-lora"])
+def test_the_snippet_that_comes_with_weights_runs(run, folder, monkeypatch):
+    """The README.md of an export, in the folder above it, as it says itself; with the built-in model, stored in float16."""
+    export_runs(folder)
+    monkeypatch.chdir(folder / "runs" / run)
+    (block,) = blocks(Path("weights/README.md"))
+    exec(compile(block.text, "weights/README.md", "exec"), {"__name__": "example"})
+    assert Path("image.png").is_file()
+
+
 @every_page
 def test_yaml_examples_are_understood(page, folder):
     from rewards.entries import place, read_entries

@@ -92,7 +92,7 @@ def folder(tmp_path):
     folder = tmp_path / "<b>run"
     (folder / "samples").mkdir(parents=True)
     for iteration, values in ((0, BEFORE), (60, [0.1] * 5), (120, AFTER)):
-        samples = {"prompts": [EVIL] * 5, "scores": {"<i>shapes": values, "only_once": [1.0] * 5}}
+        samples = {"prompts": [EVIL] * 5, "categories": CATEGORIES, "scores": {"<i>shapes": values, "only_once": [1.0] * 5}}
         if iteration:
             del samples["scores"]["only_once"]
         (folder / "samples" / f"{iteration:06d}.json").write_text(json.dumps(samples))
@@ -123,8 +123,14 @@ def test_the_table_against_brute_force(folder):
     assert before == pytest.approx(statistics.mean([0.0, 1.0, 0.5, 0.25]))
     assert after == pytest.approx(0.75) and gain == pytest.approx(statistics.mean(differences))
     assert error == pytest.approx(statistics.stdev(differences) / math.sqrt(3))
-    assert table["  a"][:3] == pytest.approx([0.5, 1.0, 0.5]) and table["  a"][3] == pytest.approx(0.5)
-    assert table["  b"][:3] == pytest.approx([0.375, 0.5, 0.125])
+    for category in "ab":
+        pairs = [p for p, c in zip(zip(BEFORE, AFTER, strict=True), CATEGORIES, strict=True) if c == category]
+        gains = [a - b for b, a in pairs if None not in (a, b)]
+        before, after, gain, error = table[f"  {category}"]
+        assert before == pytest.approx(statistics.mean(b for b, _ in pairs if b is not None))
+        assert after == pytest.approx(statistics.mean(a for _, a in pairs if a is not None))
+        assert gain == pytest.approx(statistics.mean(gains))
+        assert error == (pytest.approx(statistics.stdev(gains) / math.sqrt(len(gains))) if len(gains) > 1 else None)
     assert table["fidelity"] == [0.5, 0.75, 0.25, None] and table["unknown"][2] is None
     assert "only_once" not in table  # a part that one of the two lacks cannot be compared
 

@@ -1,6 +1,5 @@
 """A run that was stopped, killed or damaged goes on as if nothing had happened, to the last bit, or says why not."""
 
-import hashlib
 import json
 import os
 import random
@@ -63,11 +62,9 @@ def mood(tmp_path):
     return Mood(tmp_path)
 
 
-def hashes(folder, pattern="weights/**/*.safetensors"):
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.glob(pattern))
-    }
+def hashes(folder):
+    """{file: sha256} of the exported weights."""
+    return {p.relative_to(folder).as_posix(): runs.digest(p) for p in sorted(folder.glob("weights/**/*.safetensors"))}
 
 
 def evaluations(folder):

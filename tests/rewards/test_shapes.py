@@ -293,6 +293,7 @@ def test_attributes_must_be_bound_to_their_own_shape():
 
 
 def test_more_objects_than_slots_are_counted_all_the_same():
+    assert SLOTS <= MAX_BLOBS
     grid = [("square", "green", 12 + 24 * (i % 4), 12 + 24 * (i // 4)) for i in range(MAX_BLOBS + 2)]
     found = detect(one(*grid, radius=7.0))
     assert int(found.num) == MAX_BLOBS + 2 and found.valid.all()
@@ -315,7 +316,7 @@ def test_components_are_those_of_a_flood_fill():
 
 
 def test_speckle_inside_of_the_shapes_costs():
-    """The exploit found in the study: shapes that a hue and an outline recognise, full of texture."""
+    """Texture in shapes that hue and outline alone would recognise: what a reward blind to it was seen to breed."""
     image = one(("circle", "red", 30, 30), ("square", "blue", 66, 66))
     inside = (image - BACKGROUND).abs().amax(1, keepdim=True) > 0.3
     speckle = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)) * inside
@@ -447,4 +448,3 @@ def test_gradients_stop_at_the_reward():
     (sample,) = samples_of("colors", 1)
     wet = Sample(media=sample.media.clone().requires_grad_(), prompt=sample.prompt)
     assert not Shapes().score([wet]).value.requires_grad
-    assert SLOTS <= MAX_BLOBS

@@ -169,6 +169,8 @@ class EvaluationConfig(Section):
     """Pictures in the grid, one a prompt; 0 = no grid."""
     seed: Natural = 0
     """Seed of the evaluation's noise; apart from the run's, so that runs with other seeds can be compared."""
+    headline: Word | None = None
+    """Score that tables show first and by category, such as shapes.strict; null = the first reward."""
     measures: tuple[Word, ...] = ()
     """Numbers about the set of samples as a whole, as package.module:function or ./file.py:function."""
 

@@ -79,21 +79,21 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def comparison(folder: Path) -> list[Row]:
-    """Before and after of every score and category of a run, with paired standard errors: same prompts, same noise."""
+    """Before and after of every score, the headline score by category too; paired errors: same prompts, same noise."""
     files = sorted((folder / "samples").glob("*.json"))
     if len(files) < 2:
         return []
     first, last = (json.loads(path.read_text()) for path in (files[0], files[-1]))
-    categories = first["categories"]
+    summary = json.loads((folder / "summary.json").read_text())
+    names, shown = _both(first["scores"], last["scores"]), summary.get("headline")
     rows: list[Row] = []
-    for name in (name for name in first["scores"] if name in last["scores"]):
+    for name in sorted(names, key=lambda name: name != shown):
         before, after = (_tensor(side["scores"][name]) for side in (first, last))
         rows.append((name, _mean(before), _mean(after), *paired_gain(before, after)))
-        for category in sorted(set(categories) - {""}):
-            of = torch.tensor([c == category for c in categories])
+        for category in sorted(set(first["categories"]) - {""}) if name == shown else ():
+            of = torch.tensor([c == category for c in first["categories"]])
             rows.append((f"  {category}", _mean(before[of]), _mean(after[of]), *paired_gain(before[of], after[of])))
-    summary = json.loads((folder / "summary.json").read_text())
-    for name in summary["base"]["measures"]:
+    for name in _both(summary["base"]["measures"], summary["final"]["measures"]):
         b, f = (summary[side]["measures"][name]["mean"] for side in ("base", "final"))
         rows.append((name, b, f, None if None in (b, f) else f - b, None))
     return rows

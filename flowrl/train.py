@@ -358,6 +358,7 @@ class Trainer:
         numbers = sorted(int(k) for k in self.evaluations)
         summary: dict[str, Any] = {
             "iterations": self.iteration, "train_seconds": self.seconds, "seed": self.config.seed,
+            "headline": self.config.data.evaluation.headline or next(iter(self.hub.rules)),
             "base": self.evaluations.get(str(numbers[0])) if numbers else None,
             "final": self.evaluations.get(str(numbers[-1])) if numbers else None,
         }  # fmt: skip

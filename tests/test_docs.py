@@ -95,7 +95,7 @@ def test_python_examples_run(page, folder, capsys):
 
 @pytest.mark.parametrize("run", ["quickstart", "my-lora"])
 def test_the_snippet_that_comes_with_weights_runs(run, folder, monkeypatch):
-    """The README.md of an export, in the folder above it, as it says itself; with the built-in model, stored in float16."""
+    """The README.md of an export, run where it says itself; the built-in base model is stored in float16."""
     export_runs(folder)
     monkeypatch.chdir(folder / "runs" / run)
     (block,) = blocks(Path("weights/README.md"))

@@ -92,7 +92,11 @@ def folder(tmp_path):
     folder = tmp_path / "<b>run"
     (folder / "samples").mkdir(parents=True)
     for iteration, values in ((0, BEFORE), (60, [0.1] * 5), (120, AFTER)):
-        samples = {"prompts": [EVIL] * 5, "categories": CATEGORIES, "scores": {"<i>shapes": values, "only_once": [1.0] * 5}}
+        samples = {
+            "prompts": [EVIL] * 5,
+            "categories": CATEGORIES,
+            "scores": {"<i>shapes": values, "only_once": [1.0] * 5},
+        }
         if iteration:
             del samples["scores"]["only_once"]
         (folder / "samples" / f"{iteration:06d}.json").write_text(json.dumps(samples))
@@ -106,7 +110,7 @@ def folder(tmp_path):
         }
         for side, values, mean in (("base", BEFORE, 0.5), ("final", AFTER, 0.75))
     }
-    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "summary.json").write_text(json.dumps(summary | {"headline": "<i>shapes"}))
     lines = [
         {"iteration": i, "reward/mean": 0.1 * i, "kl": None, "score/<u>mine": 2.0, "lr": 1e-4, "grad_norm": 1.0}
         for i in range(12)

@@ -157,6 +157,16 @@ def _judge(found: Detections, specs: Sequence[Spec | None]) -> dict[str, Tensor]
     return scores
 
 
+def quality(images: Tensor, prompts: Sequence[str], group: Tensor) -> dict[str, Estimate]:
+    """What no reward pays for: fidelity, high-frequency energy, dirt, and the spread of samples of one prompt.
+
+    The part of `evaluate_images` that the reward `shapes` does not report already.
+    """
+    table = evaluate_images(images, prompts, group)
+    told = ("strict", "soft", "stricter")
+    return {name: value for name, value in table.items() if name.partition("/")[0] not in told}
+
+
 def evaluate_images(images: Tensor, prompts: Sequence[str], group: Tensor) -> dict[str, Estimate]:
     """Everything that is measured on pictures [N,3,H,W] in [0,1] of N prompts; group [N] numbers the prompt of each.
 

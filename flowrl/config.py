@@ -249,8 +249,6 @@ class LogConfig(Section):
     """Write TensorBoard event files into the output folder."""
     trackers: tuple[Word, ...] = ()
     """Services known to accelerate, such as wandb or swanlab; one that fails is switched off, training goes on."""
-    sample_every: Natural = 0
-    """Iterations between picture grids; 0 = only with evaluations."""
 
 
 class AlgorithmConfig(BaseModel):

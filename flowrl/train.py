@@ -52,6 +52,8 @@ class Trainer:
 
     def __init__(self, config: Config, *, resume: bool = False) -> None:
         self.config, self.folder = config, Path(config.output_dir)
+        if config.engine.threads:
+            torch.set_num_threads(config.engine.threads)
         self.engine = connect(config.engine.name, config.engine.device)
         self.main = self.engine.rank == 0
         self.lock = RunLock(self.folder, resume=resume) if self.main else None

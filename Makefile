@@ -34,5 +34,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
+docs: $(STAMP)
+	$(BIN)/python docs/make_configuration.py
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -20,10 +20,15 @@ from samplers import Plan, deterministic, noise_source, rollout
 
 @dataclass(kw_only=True)
 class Conditions:
-    """Conditions by prompt text, encoded once in a run: the text encoders are frozen, so they never change."""
+    """Conditions by prompt text, encoded once: the text encoders are frozen, so they never change.
+
+    Kept on the CPU (a large model's take megabytes each), the `limit` used last; given out on `device`.
+    """
 
     encode: Callable[[Sequence[str]], Cond]
+    device: torch.device | str = "cpu"
     chunk: int = 256
+    limit: int = 4096
     known: dict[str, Cond] = field(default_factory=dict)
 
     def __call__(self, texts: Sequence[str]) -> Cond:
@@ -32,9 +37,15 @@ class Conditions:
         for start in range(0, len(new), self.chunk):
             part = new[start : start + self.chunk]
             cond = self.encode(part)
-            self.known |= {text: {name: tensor[i] for name, tensor in cond.items()} for i, text in enumerate(part)}
+            self.known |= {
+                text: {name: tensor[i].cpu() for name, tensor in cond.items()} for i, text in enumerate(part)
+            }
         rows = [self.known[text] for text in texts]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        for text in dict.fromkeys(texts):
+            self.known[text] = self.known.pop(text)  # to the end: the first are those that were used longest ago
+        for text in list(self.known)[: -self.limit]:
+            del self.known[text]
+        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -73,10 +73,13 @@ class ModelConfig(Section):
     """File in flowrl.models that knows the architecture (or ./file.py:Name); null = what model_index.json says."""
     lora: LoraConfig | None = None
     """null trains all weights."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the forward passes and of frozen weights; logprobs and latents are float32 always."""
-    guidance: Annotated[float, BeforeValidator(_no_bool), Field(ge=0)] = 1.0
-    """Classifier-free guidance in rollout, training and evaluation; 1 = off, anything else doubles the calls."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of forward passes and frozen weights; log-probs, latents and what learns are float32 always.
+
+    There is no float16: the gradients of this loss are so small that it would round them to 0.
+    """
+    guidance: Annotated[float, BeforeValidator(_no_bool), Field(ge=1)] = 1.0
+    """Classifier-free guidance in rollout, training and evaluation; 1 = off, more than 1 doubles the calls."""
     height: Count | None = None
     """Pixels; null = the model's own default."""
     width: Count | None = None
@@ -196,6 +199,8 @@ class DataConfig(Section):
     """P: groups in one iteration, all devices together."""
     samples_per_prompt: Count = 12
     """K: samples of a group, compared with each other; 2 or more for a method with group advantages."""
+    max_no_verdict: Share = 0.5
+    """The run stops when a reward gives no verdict on more than this share of an iteration's samples, thrice running."""
     balance: Word | None = None
     """Metadata key, such as `category`, whose values every iteration covers evenly; null = plain shuffling."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -224,7 +229,7 @@ class OptimizerConfig(Section):
     updates_per_iteration: Count = 1
     """Optimiser steps made of one rollout; the first is on policy, the rest rely on the clipped ratio."""
     micro_batch: Count | None = None
-    """Stored steps in one forward and backward pass; null = all of an update. Memory only, up to rounding."""
+    """Distinct states in one forward and backward pass; null = all of an update. Memory only, up to rounding."""
     max_skipped: Natural = 3
     """Optimiser steps in a row that may be left out because a gradient was not finite, before the run stops."""
     ema_decay: Share | None = None
@@ -477,7 +482,7 @@ def dump(config: Config) -> str:
 _FREE = (
     "name", "output_dir", "checkpoint_every", "keep_checkpoints", "evaluate_every", "engine", "log",
     "model.decode_micro_batch", "model.rollout_micro_batch", "model.gradient_checkpointing", "optimizer.micro_batch",
-    "data.eval_prompts", "data.evaluation",
+    "data.max_no_verdict", "data.evaluation.batch_size", "data.evaluation.grid_prompts", "data.evaluation.headline",
 )  # fmt: skip
 _FREE_REWARD = ("device", "batch_size", "cache")
 

@@ -341,15 +341,15 @@ def _readme(model: Any, folder: str, lora: bool) -> str:
     if lora:
         body = [
             f"from diffusers import {name}",
-            f"pipe = {name}.from_pretrained({base}{extra})",
+            f"pipe = {name}.from_pretrained({base}, dtype={model.dtype}{extra})",
             f'pipe.load_lora_weights("{folder}")',
         ]
     else:
         kind = type(getattr(pipe, part)).__name__
         body = [
             f"from diffusers import {kind}, {name}",
-            f'{part} = {kind}.from_pretrained("{folder}/{part}")',
-            f"pipe = {name}.from_pretrained({base}, {part}={part}{extra})",
+            f'{part} = {kind}.from_pretrained("{folder}/{part}", dtype={model.dtype})',
+            f"pipe = {name}.from_pretrained({base}, {part}={part}, dtype={model.dtype}{extra})",
         ]
     tail = [
         f'settings = json.load(open("{folder}/{INFERENCE}"))  # guidance, size and steps of the training',

@@ -74,7 +74,8 @@ def evaluate_run(
             if name == "tuned":
                 load_weights(policy, weights)
             found[name] = evaluate(
-                policy, prompts, hub, Conditions(encode=policy.encode), geometry_of(config, policy.model),
+                policy, prompts, hub, Conditions(encode=policy.encode, device=policy.device),
+                geometry_of(config, policy.model),
                 num_steps=num_steps or settings.num_steps, seed=settings.seed if seed is None else seed,
                 measures=[resolve(m, "flowrl.measures") for m in settings.measures], batch=settings.batch_size,
             )  # fmt: skip
@@ -118,7 +119,7 @@ def sample_grid(
         load_weights(policy, exported)
     wanted = [Prompt(id=i, text=text) for i, text in enumerate(p for p in prompts for _ in range(count))]
     media = sample(
-        policy, wanted, range(len(wanted)), Conditions(encode=policy.encode),
+        policy, wanted, range(len(wanted)), Conditions(encode=policy.encode, device=policy.device),
         Geometry(height=settings["height"], width=settings["width"]),
         num_steps=num_steps or settings["num_inference_steps"], seed=seed,
     )  # fmt: skip
@@ -152,7 +153,7 @@ def diagnose() -> list[tuple[str, str, str]]:
     extras = {"ocr": "rapidocr", "xformers": "xformers", "wandb": "wandb", "tensorboard": "tensorboard", "video": "av"}
     for extra, module in extras.items():
         found, advice = ("installed", "") if importlib.util.find_spec(module) else ("not installed", extra)
-        rows.append((f"extra {extra}", found, advice and f'pip install "flowrl[{extra}]"'))
+        rows.append((f"extra {extra}", found, advice and f'pip install -e ".[{extra}]"'))
     return rows
 
 

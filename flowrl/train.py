@@ -40,6 +40,7 @@ from flowrl.resolve import resolve
 from flowrl.types import Algorithm, Batch
 from flowrl.update import Updater, deal, learning_rate_factor
 from rewards import HubResult, RewardHub
+from rewards.scorer import NanWatch
 from samplers import stable_seed
 
 
@@ -57,6 +58,16 @@ class Trainer:
         self.engine = connect(config.engine.name, config.engine.device)
         self.main = self.engine.rank == 0
         self.lock = RunLock(self.folder, resume=resume) if self.main else None
+        try:
+            self._build(resume)
+        except BaseException:
+            # A notebook keeps the exception and so this object: without this its next try finds the folder taken.
+            self._let_go()
+            raise
+
+    def _build(self, resume: bool) -> None:
+        """Everything that can fail for a reason that a person can mend."""
+        config = self.config
         self.algorithm: Algorithm = config.algorithm.build()
         # Prompts and rewards come before the model: their mistakes are common, and loading weights can take minutes.
         data = config.data
@@ -72,12 +83,17 @@ class Trainer:
         )
         self.identity = identity(config) | {"data.prompts (contents)": fingerprint(prompts)}
         """What must be the same when the run is resumed."""
-        self.hub = RewardHub([entry.entry() for entry in config.rewards], device=self.engine.device)
+        self.hub = RewardHub([entry.entry() for entry in config.rewards], device=self.engine.device, max_nan_frac=None)
+        self.watches = {
+            name: NanWatch(name=name, max_nan_frac=data.max_no_verdict, key="data.max_no_verdict")
+            for name, rule in self.hub.rules.items()
+            if rule.counts
+        }
         self.measures = [resolve(name, "flowrl.measures") for name in data.evaluation.measures]
         state = self._resumable() if resume else None
         self.policy = self._build_policy()
         self.geometry = geometry_of(config, self.policy.model)
-        self.conditions = Conditions(encode=self.policy.encode)
+        self.conditions = Conditions(encode=self.policy.encode, device=self.policy.device)
         o = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.policy.trainable_parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
@@ -108,11 +124,11 @@ class Trainer:
             while self.iteration < self.config.iterations:
                 self.log.write(self.iteration, self.step(self.iteration))
                 self.iteration += 1
-                self._evaluate_if_due()
                 done = self.iteration == self.config.iterations
                 if self._asked_to_stop() and not done:
                     self._save()
                     self._leave()
+                self._evaluate_if_due()
                 if done or due(self.iteration, self.config.checkpoint_every):
                     self._save()
             return self._finish()
@@ -128,7 +144,7 @@ class Trainer:
             mine = [prompts[slot] for slot in slots]
 
         with phase("plan"):
-            times = self.policy.model.times(self.algorithm.num_steps, self.geometry.height, self.geometry.width)
+            times = self._times()
             plan = self.algorithm.plan(times, iteration, config.data.samples_per_prompt, config.seed)
             rate = self._set_learning_rate(iteration)
 
@@ -145,6 +161,9 @@ class Trainer:
 
         with phase("gather"):
             table, scores = self._gather(batch, result)
+        with self._saving_what_is_done():
+            for name, watch in self.watches.items():
+                watch.see(scores[name], [row[name]["error"] for row in result.info if "error" in row[name]])
 
         with phase("credit"):
             advantages = self.algorithm.credit(self._with_everyones_rewards(batch, table))
@@ -178,6 +197,11 @@ class Trainer:
             reference=self.algorithm.needs.reference, device=self.engine.device, seed=config.seed,
             gradient_checkpointing=config.model.gradient_checkpointing,
         )  # fmt: skip
+
+    def _times(self) -> Tensor:
+        """The grid of a training rollout that the model's own pipeline would take."""
+        g = self.geometry
+        return self.policy.model.times(self.algorithm.num_steps, g.height, g.width, g.frames)
 
     def _set_learning_rate(self, iteration: int) -> float:
         o = self.config.optimizer
@@ -230,13 +254,12 @@ class Trainer:
                 self.policy, self.eval_prompts, self.hub, self.conditions, self.geometry, num_steps=settings.num_steps,
                 seed=settings.seed, measures=self.measures, batch=settings.batch_size,
             )  # fmt: skip
-            self.evaluations[str(self.iteration)] = found.summary() | {"train_seconds": self.seconds}
+            summary = found.summary() | {"train_seconds": self.seconds}
             save_grid(found, self.folder / "samples" / f"{self.iteration:06d}.png", settings.grid_prompts)
             self._remember_scores(found)
-            self.log.evaluation(self.iteration, self.evaluations[str(self.iteration)])
-            self.log.say(
-                f"evaluation after {self.iteration} iterations: {headline(self.evaluations[str(self.iteration)])}"
-            )
+            self.log.evaluation(self.iteration, summary)
+            self.log.say(f"evaluation after {self.iteration} iterations: {headline(summary)}")
+            self.evaluations[str(self.iteration)] = summary  # last: from here on a checkpoint says that it is done
 
     def _remember_scores(self, found: Evaluation) -> None:
         """Per-sample scores beside the picture: what paired standard errors are made of."""
@@ -261,10 +284,15 @@ class Trainer:
         finally:
             for number, old in before.items():
                 signal.signal(number, old or signal.SIG_DFL)
-            self.hub.close()
-            self.log.close()
-            if self.lock is not None:
-                self.lock.release()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Close what is open and give the folder back, however far construction came."""
+        for part in (getattr(self, "hub", None), getattr(self, "log", None)):
+            if part is not None:
+                part.close()
+        if self.lock is not None:
+            self.lock.release()
 
     @contextmanager
     def _saving_what_is_done(self) -> Iterator[None]:
@@ -280,7 +308,7 @@ class Trainer:
     def _forget_later_samples(self) -> None:
         """Evaluations of a history that was left, as `log` forgets its rows: the report takes the last for the end."""
         for path in (self.folder / "samples").glob("[0-9]*"):
-            if int(path.stem) > self.iteration:
+            if path.stem.isdigit() and int(path.stem) > self.iteration:
                 path.unlink()
 
     def _listen(self) -> dict[int, Any]:
@@ -319,18 +347,21 @@ class Trainer:
 
     def _save(self) -> None:
         """The state after `iteration` iterations; noise and prompts are functions of it and need no saving."""
-        if self.main:
-            tensors, optimizer = flatten_optimizer(self.optimizer)
-            tensors = {f"optimizer.{k}": v for k, v in tensors.items()}
-            tensors |= {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
-            meta = {
-                "optimizer": optimizer, "skipped": self.updater.skipped,
-                "evaluations": self.evaluations, "seconds": self.seconds, "identity": self.identity,
-            }  # fmt: skip
-            keep = self.config.keep_checkpoints
-            checkpoint.save(self.folder / "checkpoints", self.iteration, tensors, meta, keep=keep)
+        with together(self.engine):
+            if self.main:
+                self._write_checkpoint()
         self.saved = self.iteration
-        self.engine.barrier()
+
+    def _write_checkpoint(self) -> None:
+        tensors, optimizer = flatten_optimizer(self.optimizer)
+        tensors = {f"optimizer.{k}": v for k, v in tensors.items()}
+        tensors |= {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
+        meta = {
+            "optimizer": optimizer, "skipped": self.updater.skipped,
+            "evaluations": self.evaluations, "seconds": self.seconds, "identity": self.identity,
+        }  # fmt: skip
+        keep = self.config.keep_checkpoints
+        checkpoint.save(self.folder / "checkpoints", self.iteration, tensors, meta, keep=keep)
 
     def _resumable(self) -> Checkpoint:
         """The newest valid checkpoint; everything must be as it was, or the run stops here and says why."""
@@ -365,15 +396,19 @@ class Trainer:
             "final": self.evaluations.get(str(numbers[-1])) if numbers else None,
         }  # fmt: skip
         summary = plain(summary)
-        if self.main:
-            self.policy.export(self.folder / "weights", inference=inference_settings(self.config))
-            write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-            write_report(self.folder)
-            self._status("finished")
-            for line in table_lines(self.folder):
-                self.log.say(line)
-            self.log.say(f"wrote {self.folder}: weights/ (for diffusers), samples/, report.html, summary.json")
+        with together(self.engine):
+            if self.main:
+                self._write_results(summary)
         return summary
+
+    def _write_results(self, summary: dict[str, Any]) -> None:
+        self.policy.export(self.folder / "weights", inference=inference_settings(self.config))
+        write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_report(self.folder)
+        self._status("finished")
+        for line in table_lines(self.folder):
+            self.log.say(line)
+        self.log.say(f"wrote {self.folder}: weights/ (for diffusers), samples/, report.html, summary.json")
 
 
 def load_model(config: Config) -> Any:

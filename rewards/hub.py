@@ -64,7 +64,7 @@ class RewardHub:
         *,
         device: str | torch.device = "auto",
         renormalise: bool = False,
-        max_nan_frac: float = 0.5,
+        max_nan_frac: float | None = 0.5,
     ) -> None:
         """`entries` as in `rewards.entries`; `device` "auto" is the current GPU where there is one.
 
@@ -76,7 +76,9 @@ class RewardHub:
         self._scorers: dict[str, Scorer] = {scorer.name: scorer for scorer, _ in read}
         self.rules: dict[str, Rule] = {scorer.name: rule for scorer, rule in read}
         self._watches = {
-            name: NanWatch(name=name, max_nan_frac=max_nan_frac) for name, rule in self.rules.items() if rule.counts
+            name: NanWatch(name=name, max_nan_frac=max_nan_frac)
+            for name, rule in self.rules.items()
+            if rule.counts and max_nan_frac is not None
         }
         self._lanes = {
             device: ThreadPoolExecutor(1, thread_name_prefix=f"reward-{device}")
@@ -104,7 +106,8 @@ class RewardHub:
         """Wait for a ticket's scores; raises what a reward raised."""
         done = {name: future.result() for name, future in ticket.futures.items()}
         for name, watch in self._watches.items():
-            watch.see(done[name][0])
+            answer = done[name][0]
+            watch.see(answer.value, [entry["error"] for entry in answer.info if "error" in entry])
         scores = {name: answer.value for name, (answer, _) in done.items()}
         return HubResult(
             total=self.combine(scores, ticket.group),

@@ -27,7 +27,7 @@ from rewards.types import RewardError, Sample, Scores
 __all__ = ["OCR"]
 
 _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
-_INSTALL = 'pip install "flowrl[ocr]"'
+_INSTALL = 'pip install -e ".[ocr]"'
 
 
 class OCR:

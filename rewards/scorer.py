@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
 from rewards.cache import ScoreCache
 from rewards.contract import Sheet, as_scores
@@ -223,25 +224,26 @@ class NanWatch:
 
     name: str
     max_nan_frac: float
+    key: str = "max_nan_frac"
+    """What the limit is called where the user sets it."""
     decay: float = 0.8
     patience: int = 3
     average: float | None = None
     strikes: int = 0
 
-    def see(self, scores: Scores) -> None:
-        """Take note of one call; raise with the last error when it was one too many."""
-        if not len(scores.value):
+    def see(self, values: Tensor, errors: Sequence[str]) -> None:
+        """Take note of the scores [N] of one call; raise with the last error when it was one too many."""
+        if not len(values):
             return
-        fraction = scores.value.isnan().float().mean().item()
+        fraction = values.isnan().float().mean().item()
         self.average = fraction if self.average is None else self.decay * self.average + (1 - self.decay) * fraction
         self.strikes = self.strikes + 1 if min(fraction, self.average) > self.max_nan_frac else 0
         if self.strikes >= self.patience:
-            errors = [entry["error"] for entry in scores.info if "error" in entry]
             raise RewardError(
                 f"reward {self.name!r} gives no verdict on {fraction:.0%} of the samples ({self.average:.0%} on "
                 f"average), for {self.strikes} calls in a row. "
                 f"Last error: {errors[-1] if errors else 'none in this call'}. "
-                "If it is meant for some of the prompts only, raise max_nan_frac."
+                f"If it is meant for some of the prompts only, raise {self.key}."
             )
 
 

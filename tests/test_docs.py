@@ -289,7 +289,7 @@ def test_the_metrics_are_the_described_ones(tmp_path):
     from flowrl.train import Trainer
 
     overrides = [
-        f"output_dir={tmp_path}", "iterations=1", "algorithm.kl_coef=0.01", "algorithm.num_steps=4",
+        f"output_dir={tmp_path}", "iterations=1", "algorithm.kl_coef=0.01",
         "data.prompts_per_iteration=2", "data.samples_per_prompt=2", "optimizer.micro_batch=4",
         "data.evaluation.num_samples=6", "data.evaluation.num_steps=2", "data.evaluation.grid_prompts=2",
     ]  # fmt: skip

@@ -86,6 +86,18 @@ def test_the_first_update_of_every_iteration_is_on_policy(trainer, method, lora)
     assert runs.distance(runs.weights(run), before) > 0.1
 
 
+def test_the_ratio_tells_of_samples_that_are_not_the_policys_own(trainer, monkeypatch):
+    from flowrl import train
+
+    def stale(*args, **kwargs):
+        batch = original(*args, **kwargs)
+        return replace(batch, trajectory=replace(batch.trajectory, logprob=batch.trajectory.logprob - 0.02))
+
+    original = train.roll_out
+    monkeypatch.setattr(train, "roll_out", stale)
+    assert trainer().step(0)["ratio_first_update"] == pytest.approx(math.exp(0.02) - 1, rel=1e-2)
+
+
 def test_a_row_of_metrics(trainer):
     row = trainer().step(0)
     assert all(row[f"time/{phase}"] >= 0 for phase in PHASES)

@@ -4,6 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# Two workers with a thread each: tests that start processes of their own do not fight over the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -13,10 +16,10 @@ quickstart: $(STAMP)
 	$(BIN)/flowrl train configs/quickstart.yaml
 
 test: $(STAMP) check
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -200,7 +200,7 @@ class DataConfig(Section):
     samples_per_prompt: Count = 12
     """K: samples of a group, compared with each other; 2 or more for a method with group advantages."""
     max_no_verdict: Share = 0.5
-    """The run stops when a reward gives no verdict on more than this share of an iteration's samples, thrice running."""
+    """The run stops when a reward gives no verdict on more than this share of the samples, three iterations running."""
     balance: Word | None = None
     """Metadata key, such as `category`, whose values every iteration covers evenly; null = plain shuffling."""
     evaluation: EvaluationConfig = EvaluationConfig()

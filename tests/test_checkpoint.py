@@ -99,6 +99,7 @@ def killed_while(point, action):
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # a fork does not inherit OpenMP's threads, and would wait for them for ever
             os.environ[faults.VARIABLE] = point
             action()
         finally:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from flowrl.config import LogConfig
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
-SHOWN = ("reward/mean", "reward/group_std", "zero_std_frac", "policy_loss", "clip_frac", "kl", "grad_norm", "lr")
+SHOWN = ("reward/mean", "reward/group_std", "zero_std_frac", "clip_frac", "kl", "grad_norm", "lr")
 """What the console line shows of a row, as far as the row has it."""
 
 _ETA_WINDOW = 20

@@ -77,7 +77,7 @@ def evaluate_run(
                 policy, prompts, hub, Conditions(encode=policy.encode, device=policy.device),
                 geometry_of(config, policy.model),
                 num_steps=num_steps or settings.num_steps, seed=settings.seed if seed is None else seed,
-                measures=[resolve(m, "flowrl.measures") for m in settings.measures], batch=settings.batch_size,
+                measures=[resolve(m, "flowrl.shapes") for m in settings.measures], batch=settings.batch_size,
             )  # fmt: skip
     _print(found, console)
     return found

@@ -89,7 +89,7 @@ class Trainer:
             for name, rule in self.hub.rules.items()
             if rule.counts
         }
-        self.measures = [resolve(name, "flowrl.measures") for name in data.evaluation.measures]
+        self.measures = [resolve(name, "flowrl.shapes") for name in data.evaluation.measures]
         state = self._resumable() if resume else None
         self.policy = self._build_policy()
         self.geometry = geometry_of(config, self.policy.model)

@@ -115,3 +115,8 @@ def digest(path: Path) -> str:
 
 def finite(value: float) -> bool:
     return value is not None and math.isfinite(value)
+
+
+def no_number(media, prompts, group):
+    """A measure that found nothing to measure."""
+    return {"nothing": math.nan}

@@ -244,7 +244,7 @@ MESSAGES = [
     ("algorithm: {name: ''}", ["algorithm.name", "at least 1 character"]),
     ("algorithm: {window: 10}", ["algorithm: a window of 10 steps does not fit", "choose window <= 9"]),
     ("model: {lora: {rnk: 4}}", ["model.lora.rnk: unknown key; did you mean 'model.lora.rank'?"]),
-    ("model: {dtype: fp16}", ["model.dtype: 'fp16' should be one of 'float32', 'bfloat16', 'float16'"]),
+    ("model: {dtype: fp16}", ["model.dtype: 'fp16' should be one of 'float32', 'bfloat16'"]),
     ("model: {dtype: bfloat61}", ["did you mean 'bfloat16'"]),
     ("model: {height: 0}", ["model.height: 0 should be greater than or equal to 1 (Pixels"]),
     ("model: {height: 64.5}", ["model.height: 64.5 should be a whole number"]),
@@ -409,16 +409,18 @@ def test_what_makes_a_run_that_run(folder):
     config = load_config("base.yaml")
     free = [
         "name=x", "output_dir=y", "checkpoint_every=1", "evaluate_every=2", "iterations=999", "optimizer.micro_batch=3",
-        "model.decode_micro_batch=1", "engine.name=accelerate", "log.tensorboard=true", "data.evaluation.num_samples=9",
+        "model.decode_micro_batch=1", "engine.name=accelerate", "log.tensorboard=true", "data.evaluation.batch_size=9",
         "rewards.0.device=cpu", "rewards.0.batch_size=1", "model.gradient_checkpointing=true",
     ]  # fmt: skip
     assert diff(config, load_config("base.yaml", free)) == {}
-    changed = load_config("base.yaml", ["algorithm.window=2", "seed=8", "rewards.0.level=strict", "optimizer.lr=1e-3"])
+    changed = load_config("base.yaml", ["algorithm.window=2", "seed=8", "rewards.0.level=strict", "optimizer.lr=1e-3",
+                                        "data.evaluation.num_samples=9"])  # fmt: skip
     assert diff(config, changed) == {
         "seed": (7, 8),
         "algorithm.window": (3, 2),
         "rewards.0.level": ("(absent)", "strict"),
         "optimizer.lr": (1e-4, 1e-3),
+        "data.evaluation.num_samples": (600, 9),  # a before and an after of different samples are no pairs
     }
     cosine = ["optimizer.schedule=cosine"]
     assert diff(load_config("base.yaml", cosine), load_config("base.yaml", [*cosine, "iterations=5"])) == {

@@ -169,7 +169,7 @@ def finished(tiny_model, tmp_path_factory):
             "data.prompts": "shapes", "data.balance": "category",
             "data.evaluation": {
                 "num_samples": 12, "num_steps": 2, "grid_prompts": 4,
-                "measures": ["flowrl.shapes.measures:evaluate_images"],
+                "measures": ["flowrl.shapes.measures:evaluate_images", "tests.runs:no_number"],
             },
         },
     )  # fmt: skip
@@ -213,6 +213,7 @@ def test_the_summary_of_a_run(finished):
         for score in scores.values():
             assert {"mean", "se", "by_category"} == set(score) and set(score["by_category"]) == set(CATEGORIES)
         assert {"strict", "fidelity", "diversity/placement"} <= set(summary[side]["measures"])
+        assert summary[side]["measures"]["nothing"] == {"mean": None, "se": None}  # JSON has no NaN
         assert summary[side]["num_samples"] == 12
     seconds = [json.loads(line)["train_seconds"] for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     assert seconds[0] == 0 < seconds[1] < seconds[2] == summary["train_seconds"]

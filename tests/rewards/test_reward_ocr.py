@@ -115,7 +115,7 @@ def test_missing_models_are_refused_and_never_downloaded(tmp_path, monkeypatch):
     rapidocr = pytest.importorskip("rapidocr")
     monkeypatch.setattr(rapidocr, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(
-        RewardError, match=r'one det model in the RapidOCR wheel, found none .*pip install "flowrl\[ocr\]"'
+        RewardError, match=r'one det model in the RapidOCR wheel, found none .*pip install -e "\.\[ocr\]"'
     ):
         RewardHub("ocr").warmup()
 
@@ -124,7 +124,7 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "rapidocr", None)  # what Python itself does to make an import fail
-    with pytest.raises(RewardError, match=r'needs RapidOCR and onnxruntime: pip install "flowrl\[ocr\]"'):
+    with pytest.raises(RewardError, match=r'needs RapidOCR and onnxruntime: pip install -e "\.\[ocr\]"'):
         RewardHub("ocr").warmup()
 
 

@@ -43,6 +43,9 @@ from rewards import HubResult, RewardHub
 from rewards.scorer import NanWatch
 from samplers import stable_seed
 
+RATIO_TOLERANCE = 1e-4
+"""Deviation of the first update's ratio from 1 that rounding in fp32 does not explain."""
+
 
 class Interrupted(SystemExit):
     """The run was asked to stop and has saved its state; the exit code is 128 + the signal's number."""
@@ -109,6 +112,7 @@ class Trainer:
         """Training time of all iterations so far, evaluations and checkpoints excluded."""
         self.evaluations: dict[str, dict[str, Any]] = {}
         self.signal: int | None = None
+        self.warned = False
         if state is not None:
             self._take_up(state)
         self.log = RunLog(self.folder, config.log, resume_at=self.iteration, total=config.iterations, main=self.main)
@@ -118,6 +122,7 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the last iteration; returns the summary, which is also written to `summary.json`."""
         with self._running():
+            self._agree()
             with together(self.engine):
                 self.hub.warmup()
             self._evaluate_if_due()
@@ -174,6 +179,7 @@ class Trainer:
             key = stable_seed(config.seed, iteration, -2)
             update_of = deal(batch, plan, slots, len(prompts), roots_each, self.updater.updates, key)
             metrics = self.updater.run(batch, update_of)
+            self._check_ratio(metrics["ratio_first_update"])
         fault("train.updated")
 
         self.seconds += phase.total
@@ -198,10 +204,29 @@ class Trainer:
             gradient_checkpointing=config.model.gradient_checkpointing,
         )  # fmt: skip
 
+    def _agree(self) -> None:
+        """Refuse to go on where processes are at different iterations: their folders are not one shared folder."""
+        told = self.engine.gather_text(str(self.iteration))
+        if len(set(told)) > 1:
+            raise EngineError(
+                f"the processes found checkpoints of different iterations ({', '.join(told)}) in {self.folder}: "
+                "each must see the same folder. Put output_dir on a disk that all machines share."
+            )
+
     def _times(self) -> Tensor:
         """The grid of a training rollout that the model's own pipeline would take."""
         g = self.geometry
         return self.policy.model.times(self.algorithm.num_steps, g.height, g.width, g.frames)
+
+    def _check_ratio(self, deviation: float) -> None:
+        """Warn, once, where the policy that is trained is not the one that made the samples."""
+        if deviation > RATIO_TOLERANCE and not self.warned:
+            self.warned = True
+            self.log.say(
+                f"warning: ratio_first_update is {deviation:.1e} where it should be 0: the update computes other "
+                "log-probs than the rollout. Use model.dtype=float32, or equal rollout_micro_batch and micro_batch; a "
+                "clip_range near this number clips noise."
+            )
 
     def _set_learning_rate(self, iteration: int) -> float:
         o = self.config.optimizer

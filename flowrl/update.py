@@ -51,7 +51,8 @@ class Updater:
         out = mean.means()
         out["ratio_first_update"] = metrics[0].get("ratio_max_dev", math.nan)
         out["ratio_max_dev"] = max(m.get("ratio_max_dev", 0.0) for m in metrics)
-        out["skipped_updates"] = sum(m["skipped_updates"] for m in metrics)
+        for count in ("skipped_updates", "empty_updates"):
+            out[count] = sum(m[count] for m in metrics)
         return out
 
     def _step(self, batch: Batch, mine: Tensor) -> dict[str, float]:
@@ -69,7 +70,7 @@ class Updater:
         parameters = self.policy.trainable_parameters()
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
         merged = self._merge({k: v.item() for k, v in merge_metrics(parts, counts).items()}, sum(counts))
-        merged |= {"grad_norm": norm.item(), "skipped_updates": 0.0}
+        merged |= {"grad_norm": norm.item(), "skipped_updates": 0.0, "empty_updates": float(norm == 0)}
         if not torch.isfinite(norm):
             return self._skip(merged)
         self.skipped = 0

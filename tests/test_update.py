@@ -183,6 +183,30 @@ def test_samples_without_a_verdict_are_as_if_never_drawn(trainer, shared):
     assert not torch.equal(runs.weights(some), start) and not torch.equal(runs.weights(zero), runs.weights(some))
 
 
+def test_an_optimiser_step_is_the_gradient_of_the_mean_loss(trainer, monkeypatch):
+    """Plain SGD with rate 1 moves the weights by the gradient that autograd finds for all edges at once."""
+    run = trainer({"optimizer.lr": 1.0, "optimizer.micro_batch": 3, "optimizer.max_grad_norm": None,
+                   "optimizer.updates_per_iteration": 1})  # fmt: skip
+    parameters = run.policy.trainable_parameters()
+    run.optimizer = run.updater.optimizer = torch.optim.SGD(parameters, lr=1.0)
+    seen, go_on = [], run.updater.run
+    monkeypatch.setattr(run.updater, "run", lambda batch, deal: seen.append(batch) or go_on(batch, deal))
+    before = [p.detach().clone() for p in parameters]
+    run.step(0)
+    moved = [old - p.detach() for old, p in zip(before, parameters, strict=True)]
+    with torch.no_grad():
+        for old, p in zip(before, parameters, strict=True):
+            p.copy_(old)
+    for p in parameters:
+        p.grad = None
+    run.algorithm.loss(run.policy, seen[0]).value.backward(inputs=parameters)
+    fresh = [p.grad for p in parameters]
+    largest = max(g.abs().max() for g in fresh)
+    assert largest > 0
+    for g, m in zip(fresh, moved, strict=True):
+        torch.testing.assert_close(m, g, rtol=1e-3, atol=1e-3 * float(largest))
+
+
 def test_an_iteration_that_teaches_nothing_moves_nothing(trainer, tmp_path):
     body = """
 if calls == 2 and training:

@@ -84,7 +84,10 @@ class Trainer:
         self.eval_prompts = evaluation_prompts(
             load_prompts(data.eval_prompts or data.prompts, "held_out"), data.evaluation.num_samples
         )
-        self.identity = identity(config) | {"data.prompts (contents)": fingerprint(prompts)}
+        self.identity = identity(config) | {
+            "data.prompts (contents)": fingerprint(prompts),
+            "data.eval_prompts (contents)": fingerprint(self.eval_prompts),
+        }
         """What must be the same when the run is resumed."""
         self.hub = RewardHub([entry.entry() for entry in config.rewards], device=self.engine.device, max_nan_frac=None)
         self.watches = {

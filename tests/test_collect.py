@@ -54,6 +54,21 @@ def test_a_text_is_encoded_once_in_a_run():
     assert asked[2:] == [["wwww"]]
 
 
+def test_only_the_conditions_used_last_are_kept():
+    asked = []
+
+    def encode(texts):
+        asked.extend(texts)
+        return {"a": torch.tensor([[float(ord(t))] for t in texts])}
+
+    conditions = Conditions(encode=encode, limit=2)
+    assert conditions(["a", "b", "c"])["a"].flatten().tolist() == [97, 98, 99]  # more than are kept, and all there
+    conditions(["b"])
+    conditions(["d"])  # c was used longest ago
+    assert asked == ["a", "b", "c", "d"] and list(conditions.known) == ["b", "d"]
+    assert conditions(["b", "c"])["a"].flatten().tolist() == [98, 99] and asked[4:] == ["c"]
+
+
 def test_conditions_are_those_of_the_policy(policy):
     ours, theirs = Conditions(encode=policy.encode)(runs.PROMPTS), policy.encode(runs.PROMPTS)
     assert ours.keys() == theirs.keys()

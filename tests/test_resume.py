@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from flowrl import checkpoint
 from flowrl.checkpoint import CheckpointError
-from flowrl.train import Interrupted
+from flowrl.train import Interrupted, Trainer
 from rewards import RewardError
 from tests import runs
 
@@ -62,6 +63,25 @@ def mood(tmp_path):
     return Mood(tmp_path)
 
 
+EVERY = {"iterations": 4, "checkpoint_every": 10, "evaluate_every": 2}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model, tmp_path_factory):
+    """`uninterrupted(kind)`: the folder of a run of that kind to which nothing happened."""
+    made = {}
+
+    def make(kind=()):
+        key = json.dumps(kind)
+        if key not in made:
+            home = tmp_path_factory.mktemp("uninterrupted")
+            Trainer(runs.config(tiny_model, home / "run", {**EVERY, **dict(kind), **Mood(home)()})).run()
+            made[key] = home / "run"
+        return made[key]
+
+    return make
+
+
 def hashes(folder):
     """{file: sha256} of the exported weights."""
     return {p.relative_to(folder).as_posix(): runs.digest(p) for p in sorted(folder.glob("weights/**/*.safetensors"))}
@@ -91,52 +111,50 @@ def assert_equal_folders(one, other):
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize(("at", "name", "code"), [(1, "SIGTERM", 143), (3, "SIGINT", 130)])
-def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_bits(trainer, mood, tmp_path, capfd, kind, at, name, code):
-    options = {**kind, "iterations": 4, "checkpoint_every": 10, "evaluate_every": 2}
-    trainer({**options, **mood()}, "one").run()
-    options |= mood(at, mood.kill(name))
+@pytest.mark.parametrize(("at", "name", "code"), [(1, "SIGTERM", 143), (2, "SIGINT", 130)])
+def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_bits(
+    trainer, uninterrupted, mood, tmp_path, capfd, kind, at, name, code
+):
+    """Also where an evaluation was due: it is not waited for, but made up for."""
+    options = {**EVERY, **kind, **mood(at, mood.kill(name))}
     with pytest.raises(Interrupted) as left:
-        trainer(options, "two").run()
+        trainer(options).run()
     assert left.value.code == code
-    folder = tmp_path / "two"
+    folder = tmp_path / "run"
     assert json.loads((folder / "status.json").read_text()) == {"state": "interrupted", "iteration": at}
     assert [path.name for path in checkpoint.entries(folder / "checkpoints")] == [f"{at:06d}"]
     out, err = capfd.readouterr()
     assert f"{name}: finishing this iteration" in err and f"flowrl train {folder}/config.yaml --resume" in out
     assert len(runs.rows(folder)) == at and not (folder / "weights").exists()
-    trainer(options, "two", resume=True).run()
-    assert_equal_folders(tmp_path / "one", folder)
+    assert [line["iteration"] for line in evaluations(folder)] == [0]
+    trainer(options, resume=True).run()
+    assert_equal_folders(uninterrupted(tuple(kind.items())), folder)
 
 
-def test_a_run_that_failed_goes_on_to_the_same_bits(trainer, mood, tmp_path):
+def test_a_run_that_failed_goes_on_to_the_same_bits(trainer, uninterrupted, mood, tmp_path):
     """The iterations since the last checkpoint are saved before a reward's failure ends the run."""
-    options = {"iterations": 4, "checkpoint_every": 10, "evaluate_every": 2}
-    trainer({**options, **mood()}, "one").run()
-    options |= mood(4, "raise TypeError('no more')", when="True")  # also when it is asked again, one by one
+    options = EVERY | mood(4, "raise TypeError('no more')", when="True")  # also when it is asked again, one by one
     with pytest.raises(RewardError, match="TypeError: no more"):
-        trainer(options, "two").run()
+        trainer(options).run()
     mood.calm()
-    folder = tmp_path / "two"
+    folder = tmp_path / "run"
     assert [path.name for path in checkpoint.entries(folder / "checkpoints")] == ["000003"]
     assert len(runs.rows(folder)) == 3
-    trainer(options, "two", resume=True).run()
-    assert_equal_folders(tmp_path / "one", folder)
+    trainer(options, resume=True).run()
+    assert_equal_folders(uninterrupted(), folder)
 
 
 @pytest.mark.parametrize("at", [2, 4])
-def test_a_failed_evaluation_is_made_up_for(trainer, mood, tmp_path, at):
-    options = {"iterations": 4, "checkpoint_every": 10, "evaluate_every": 2}
-    trainer({**options, **mood()}, "one").run()
-    options |= mood(at, "raise TypeError('not now')", when="not training")
+def test_a_failed_evaluation_is_made_up_for(trainer, uninterrupted, mood, tmp_path, at):
+    options = EVERY | mood(at, "raise TypeError('not now')", when="not training")
     with pytest.raises(RewardError, match="not now"):
-        trainer(options, "two").run()
+        trainer(options).run()
     mood.calm()
-    folder = tmp_path / "two"
+    folder = tmp_path / "run"
     assert checkpoint.latest_valid(folder / "checkpoints").iteration == at
     assert len(runs.rows(folder)) == at
-    trainer(options, "two", resume=True).run()
-    assert_equal_folders(tmp_path / "one", folder)
+    trainer(options, resume=True).run()
+    assert_equal_folders(uninterrupted(), folder)
 
 
 def test_a_run_that_fails_at_once_can_be_started_anew(trainer, mood, tmp_path):
@@ -156,11 +174,11 @@ def test_a_finished_run_stays_as_it_is(trainer, tmp_path):
     assert (hashes(folder), runs.rows(folder), evaluations(folder)) == before
 
 
-def test_a_finished_run_can_be_made_longer(trainer, tmp_path):
-    trainer({"iterations": 4, "evaluate_every": 2}, "one").run()
-    trainer({"iterations": 2, "evaluate_every": 2}, "two").run()
-    trainer({"iterations": 4, "evaluate_every": 2}, "two", resume=True).run()
-    assert_equal_folders(tmp_path / "one", tmp_path / "two")
+def test_a_finished_run_can_be_made_longer(trainer, uninterrupted, mood, tmp_path):
+    options = {**EVERY, **mood()}
+    trainer({**options, "iterations": 2}).run()
+    trainer(options, resume=True).run()
+    assert_equal_folders(uninterrupted(), tmp_path / "run")
 
 
 def test_the_count_of_skipped_updates_goes_on(trainer):
@@ -181,21 +199,28 @@ def flip(path):
     path.write_bytes(data)
 
 
-@pytest.fixture
-def stopped(trainer, mood, tmp_path):
-    """Options of a run in folder `two` that failed after 3 of 4 iterations, with a checkpoint of each."""
-    options = {"iterations": 4, "checkpoint_every": 1, "evaluate_every": 2}
-    trainer({**options, **mood()}, "one").run()
-    options |= mood(4, "raise TypeError('no more')", when="True")
+@pytest.fixture(scope="module")
+def template(tiny_model, tmp_path_factory):
+    """(options, folder) of a run that failed after 3 of 4 iterations, with a checkpoint of each."""
+    home = tmp_path_factory.mktemp("stopped")
+    mood = Mood(home)
+    options = {**EVERY, "checkpoint_every": 1, **mood(4, "raise TypeError('no more')", when="True")}
     with pytest.raises(RewardError, match="no more"):
-        trainer(options, "two").run()
+        Trainer(runs.config(tiny_model, home / "run", options)).run()
     mood.calm()
-    return options
+    return options, home / "run"
+
+
+@pytest.fixture
+def stopped(template, tmp_path):
+    """The options of such a run; a copy of it lies in the folder `run`."""
+    shutil.copytree(template[1], tmp_path / "run")
+    return template[0]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(trainer, stopped, tmp_path, damage):
-    newest = tmp_path / "two" / "checkpoints" / "000003" / "state.safetensors"
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(trainer, uninterrupted, stopped, tmp_path, damage):
+    newest = tmp_path / "run" / "checkpoints" / "000003" / "state.safetensors"
     if damage == "flip":
         flip(newest)
     elif damage == "cut":
@@ -203,24 +228,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(trainer, stopp
     else:
         newest.unlink()
     with pytest.warns(UserWarning, match=r"skipped a damaged checkpoint: .*000003.*Going on from .*000002"):
-        run = trainer(stopped, "two", resume=True)
+        run = trainer(stopped, resume=True)
     assert run.iteration == 2
     run.run()
-    assert_equal_folders(tmp_path / "one", tmp_path / "two")
+    assert_equal_folders(uninterrupted(), tmp_path / "run")
 
 
 def test_nothing_to_resume_is_an_error_and_not_a_new_start(trainer, stopped, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in .*nothing.*start without --resume"):
         trainer(stopped, "nothing", resume=True)
-    for path in (tmp_path / "two" / "checkpoints").glob("*/state.safetensors"):
+    for path in (tmp_path / "run" / "checkpoints").glob("*/state.safetensors"):
         flip(path)
     with pytest.raises(CheckpointError, match="(?s)is valid.*000003.*000002.*000001.*start anew in another output_dir"):
-        trainer(stopped, "two", resume=True)
+        trainer(stopped, resume=True)
 
 
 def test_an_earlier_run_is_not_overwritten(trainer, stopped):
     with pytest.raises(CheckpointError, match="holds the checkpoints of an earlier run. Go on with it: --resume"):
-        trainer(stopped, "two")
+        trainer(stopped)
 
 
 # ------------------------------------------------------------------------------------------------ another config
@@ -229,7 +254,7 @@ def test_an_earlier_run_is_not_overwritten(trainer, stopped):
 def test_a_changed_config_is_refused_with_its_keys(trainer, stopped):
     changed = {"optimizer.lr": 0.5, "data.samples_per_prompt": 3, "model.lora": runs.LORA, "seed": 7}
     with pytest.raises(CheckpointError) as refused:
-        trainer({**stopped, **changed}, "two", resume=True)
+        trainer({**stopped, **changed}, resume=True)
     text = str(refused.value)
     assert "optimizer.lr: 0.001 then, 0.5 now" in text and "data.samples_per_prompt: 4 then, 3 now" in text
     assert "model.lora" in text and "seed: 0 then, 7 now" in text and "000003" in text
@@ -238,7 +263,7 @@ def test_a_changed_config_is_refused_with_its_keys(trainer, stopped):
 
 def test_what_only_says_how_fast_or_how_often_may_change(trainer, stopped):
     free = {"checkpoint_every": 2, "evaluate_every": 3, "optimizer.micro_batch": 3, "model.decode_micro_batch": 4}
-    assert trainer({**stopped, **free, "iterations": 6}, "two", resume=True).iteration == 3
+    assert trainer({**stopped, **free, "iterations": 6}, resume=True).iteration == 3
 
 
 def test_iterations_belong_to_a_schedule(trainer):
@@ -248,13 +273,14 @@ def test_iterations_belong_to_a_schedule(trainer):
         trainer({**options, "iterations": 4}, resume=True)
 
 
-def test_prompts_that_changed_under_the_same_name_are_noticed(trainer, tmp_path):
+@pytest.mark.parametrize("key", ["data.prompts", "data.eval_prompts"])
+def test_prompts_that_changed_under_the_same_name_are_noticed(trainer, tmp_path, key):
     path = tmp_path / "prompts.txt"
     path.write_text("a cat\na dog\na tree\n")
-    options = {"iterations": 1, "data.prompts": str(path)}
+    options = {"iterations": 1, key: str(path)}
     trainer(options).run()
     path.write_text("a cat\na dog\na bee\n")
-    with pytest.raises(CheckpointError, match=r"data.prompts \(contents\): '\w+' then, '\w+' now"):
+    with pytest.raises(CheckpointError, match=rf"{key} \(contents\): '\w+' then, '\w+' now"):
         trainer({**options, "iterations": 2}, resume=True)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flowrl.config import load_config
+from flowrl.models import ModelError
 from flowrl.train import due, leaf_places, reward_metrics, with_verdict
 from flowrl.types import Batch, Prompt
 from samplers import all_steps, flow_sde, noise_source, rollout
@@ -266,6 +267,24 @@ def test_a_run_that_fails_gives_them_back_too(trainer, tmp_path):
         trainer({"rewards": [{"use": reward}]}).run()
     assert signal.getsignal(signal.SIGTERM) == before
     assert trainer({"rewards": [{"use": reward}]}, resume=True).iteration == 1
+
+
+def test_a_start_that_fails_gives_the_folder_back(trainer):
+    """As in a notebook, which keeps the exception, and with it the half-made trainer."""
+    with pytest.raises(ModelError) as kept:
+        trainer({"model.lora": {"rank": 4, "targets": ["no_such_layer"]}})
+    assert trainer({"iterations": 1}).run()["iterations"] == 1
+    assert kept.value is not None
+
+
+def test_a_ratio_that_is_not_one_is_told_once(trainer, monkeypatch, capfd):
+    from flowrl import train
+
+    monkeypatch.setattr(train, "RATIO_TOLERANCE", -1.0)
+    run = trainer()
+    run.step(0)
+    run.step(1)
+    assert capfd.readouterr().out.count("warning: ratio_first_update is") == 1
 
 
 def test_a_run_may_be_started_in_a_thread(trainer):

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Fine-tune text-to-image and text-to-video models by RL."
@@ -146,9 +147,11 @@ def doctor() -> None:
     """Versions, devices and extras: what to send with a bug report, and what to install for what is missing."""
     from flowrl.standalone import diagnose
 
-    table = Table("what", "found", "advice")
+    table = Table("what")
+    table.add_column("found", overflow="fold")
+    table.add_column("advice", overflow="fold")
     for row in diagnose():
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))  # not markup: it would take the [ocr] of an advice for a style
     console.print(table)
 
 

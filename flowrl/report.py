@@ -111,9 +111,9 @@ def table_lines(folder: Path) -> list[str]:
     if not rows:
         return []
     width = max(len(name) for name, *_ in rows)
-    lines = [f"{'held-out':<{width}}  {'before':>8}  {'after':>8}  {'gain':>8}  {'s.e.':>7}"]
+    lines = [f"{'held-out':<{width}}  {'before':>8}  {'after':>8}  {'gain':>10}  {'s.e.':>7}"]
     return lines + [
-        f"{name:<{width}}  {_number(b):>8}  {_number(a):>8}  {_number(gain):>8}  {_number(error):>7}"
+        f"{name:<{width}}  {_number(b):>8}  {_number(a):>8}  {_number(gain):>10}  {_number(error):>7}"
         for name, b, a, gain, error in rows
     ]
 

@@ -62,6 +62,7 @@ def evaluate_run(
 ) -> dict[str, Evaluation]:
     """Score a run's weights (and the base model, on the same prompts and noise), and print the table."""
     config, weights = run_config(run), weights_of(run)
+    console.print(f"scoring {weights}{' and its base model' if with_base else ''} ...", highlight=False)
     settings = config.data.evaluation
     prompts = evaluation_prompts(
         load_prompts(config.data.eval_prompts or config.data.prompts, "held_out"), num_samples or settings.num_samples

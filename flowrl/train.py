@@ -398,7 +398,7 @@ class Trainer:
         if changed := [f"{key}: {then!r} then, {now!r} now" for key, (then, now) in pairs.items()]:
             raise CheckpointError(
                 f"{state.path} belongs to a run with another config: " + "; ".join(changed) + ". "
-                "Put the old values back, or start a new run with another output_dir."
+                "Put the old values back, or start a new run with another output_dir (or name)."
             )
         return state
 
@@ -419,7 +419,7 @@ class Trainer:
         numbers = sorted(int(k) for k in self.evaluations)
         summary: dict[str, Any] = {
             "iterations": self.iteration, "train_seconds": self.seconds, "seed": self.config.seed,
-            "headline": self.config.data.evaluation.headline or next(iter(self.hub.rules)),
+            "headline": self._headline(),
             "base": self.evaluations.get(str(numbers[0])) if numbers else None,
             "final": self.evaluations.get(str(numbers[-1])) if numbers else None,
         }  # fmt: skip
@@ -429,6 +429,16 @@ class Trainer:
                 self._write_results(summary)
         return summary
 
+    def _headline(self) -> str:
+        """The score that tables show first; the first reward where the one asked for does not exist."""
+        asked, first = self.config.data.evaluation.headline, next(iter(self.hub.rules))
+        scores = {name for evaluation in self.evaluations.values() for name in evaluation["scores"]}
+        if asked and scores and asked not in scores:
+            known = ", ".join(sorted(scores))
+            self.log.say(f"note: data.evaluation.headline is {asked!r}, but there are only {known}; showing {first!r}.")
+            return first
+        return asked or first
+
     def _write_results(self, summary: dict[str, Any]) -> None:
         self.policy.export(self.folder / "weights", inference=inference_settings(self.config))
         write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -436,7 +446,9 @@ class Trainer:
         self._status("finished")
         for line in table_lines(self.folder):
             self.log.say(line)
-        self.log.say(f"wrote {self.folder}: weights/ (for diffusers), samples/, report.html, summary.json")
+        self.log.say(
+            f"wrote {self.folder}: weights/ (for diffusers), samples/, before_after.png, report.html, summary.json"
+        )
 
 
 def load_model(config: Config) -> Any:

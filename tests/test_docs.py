@@ -218,7 +218,7 @@ def test_files_named_in_the_text_exist(page):
     """Of this repository: `flowrl/train.py`, `configs/quickstart.yaml`, `tests/models/`."""
     tops = "flowrl|samplers|rewards|tests|docs|configs|notebooks"
     for name in re.findall(rf"(?<![\w./])((?:{tops})/[\w./]*\w)", page.read_text(encoding="utf-8")):
-        if (ROOT / name).exists() or name == "docs/quickstart.png":  # the picture is made by the quickstart
+        if (ROOT / name).exists():
             continue
         pytest.fail(f"{page.name}: there is no {name}")
 

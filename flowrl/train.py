@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -440,6 +441,7 @@ class Trainer:
         return asked or first
 
     def _write_results(self, summary: dict[str, Any]) -> None:
+        shutil.rmtree(self.folder / "weights", ignore_errors=True)  # what a killed or another attempt left there
         self.policy.export(self.folder / "weights", inference=inference_settings(self.config))
         write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         write_report(self.folder)

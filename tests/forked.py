@@ -2,9 +2,9 @@
 
     python -m tests.forked JOBS.json RESULTS.json
 
-JOBS is a list of {"config": values, "launches": [...]}; a launch is {"fault": "point:n"}, {"kill_after": share} of the
-time that the first job took, or {}. A job goes on with `resume` wherever a checkpoint is there, until a launch ends by
-itself. RESULTS is a list, for each job, of the exit codes (-9 = killed).
+JOBS is a list of {"config": values, "launches": [...]}; a launch is {"fault": "point:n"}, {"kill_after": 1.4} in
+iterations of its own, or {}. A job goes on with `resume` wherever a checkpoint is there, until a launch ends by itself.
+RESULTS is a list, for each job, of the exit codes (-9 = killed).
 """
 
 from __future__ import annotations
@@ -48,29 +48,65 @@ def child(values, fault):
 
 
 def launch(values, fault="", kill_after=None):
+    folder = Path(values["output_dir"])
+    before = started(folder)
     pid = os.fork()
     if pid == 0:
         child(values, fault)
+    status = None
     if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        status = killed(pid, folder, before, kill_after)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1] if status is None else status)
+
+
+def killed(pid, folder, before, iterations):
+    """Kill a run so many of its iterations after it began; its wait status if it ended before."""
+    whole, share = divmod(iterations, 1)
+    rows, deadline = None, None
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return status
+        if rows is None and started(folder) != before:
+            rows = lines(folder)
+        if rows is not None and deadline is None and lines(folder) >= rows + whole:
+            deadline = time.monotonic() + share * SECONDS[0]
+        if deadline is not None and time.monotonic() >= deadline:
+            os.kill(pid, signal.SIGKILL)
+            return None
+        time.sleep(0.002)
+
+
+def started(folder):
+    """Changes when a run begins: it writes its config anew."""
+    path = folder / "config.yaml"
+    return path.stat().st_ino if path.exists() else None
+
+
+def lines(folder):
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+SECONDS = []
+"""What an iteration of the first job took, with its share of evaluations and checkpoints."""
 
 
 def main():
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    results, seconds = [], None
+    results = []
     for job in jobs:
         codes, left = [], list(job["launches"])
         while True:
             what = left.pop(0) if left else {}
-            share = what.get("kill_after")
-            start = time.monotonic()
-            codes.append(launch(job["config"], what.get("fault", ""), None if share is None else share * seconds))
-            seconds = seconds or time.monotonic() - start
+            codes.append(launch(job["config"], what.get("fault", ""), what.get("kill_after")))
             if codes[-1] != -signal.SIGKILL:
                 break
         results.append(codes)
+        if not SECONDS and codes == [0]:
+            folder = Path(job["config"]["output_dir"])
+            took = (folder / "summary.json").stat().st_mtime - (folder / "config.yaml").stat().st_mtime
+            SECONDS.append(took / job["config"]["iterations"])
     Path(sys.argv[2]).write_text(json.dumps(results))
 
 

@@ -113,7 +113,10 @@ def load_pipeline(path: str | Path, *, device: str | torch.device = "cpu", dtype
         dtypes = {"default": dtype, "vae": torch.float32}
         absent = dict.fromkeys(_absent_parts(read_json(source, INDEX) or {}))
         with _quiet() if str(path) in BUILT_IN else nullcontext():
-            pipe: Any = DiffusionPipeline.from_pretrained(source, dtype=dtypes, **absent)  # type: ignore[no-untyped-call]
+            # Never a .bin, which is a pickle: a model without safetensors is refused.
+            pipe: Any = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+                source, dtype=dtypes, use_safetensors=True, **absent
+            )
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()

@@ -95,6 +95,9 @@ def sample(
     count: Annotated[int, typer.Option(help="Samples a prompt.", min=1)] = 4,
     num_steps: Annotated[int | None, typer.Option(help="Denoising steps; default: inference.json.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: inference.json.")] = None,
+    tuned_share: Annotated[
+        float, typer.Option(help="Share of the steps, noisiest first, by --from; the rest by its base.", min=0, max=1)
+    ] = 1.0,
     seed: int = 0,
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("sample.png"),
 ) -> None:
@@ -103,7 +106,7 @@ def sample(
 
     sample_grid(
         prompts, model=model, weights=from_, count=count, num_steps=num_steps, guidance=guidance, seed=seed,
-        output=output,
+        output=output, tuned_share=tuned_share,
     )  # fmt: skip
     console.print(f"wrote {output}")
 
@@ -199,9 +202,10 @@ def _print_plan(trainer) -> None:  # type: ignore[no-untyped-def]
 
 
 def _print_lines(config, algorithm, times, trainable: int, world: int) -> None:  # type: ignore[no-untyped-def]
+    from flowrl.algorithms.schedule import plans_of
     from flowrl.costs import describe
 
-    first = algorithm.plan(times, 0, config.data.samples_per_prompt, config.seed)
+    first = plans_of(algorithm, times, 0, config.data.samples_per_prompt, config.seed)
     table = Table(title=config.name, show_header=False, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for line in describe(config, algorithm, first, trainable=trainable, world=world):
         table.add_row(*line)

@@ -6,6 +6,7 @@ Symbols: P prompts of this process, K samples each, R roots, B = P K samples (le
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from flowrl.policy import Policy
+from flowrl.record import Recorder
 from flowrl.types import Algorithm, Batch, Cond, Prompt, take
 from rewards import RewardHub, Sample
-from samplers import Plan, deterministic, noise_source, rollout
+from samplers import Plan, Trajectory, deterministic, noise_source, rollout
 
 
 @dataclass(kw_only=True)
@@ -62,42 +64,70 @@ class Geometry:
 
 
 def roll_out(
-    policy: Policy, algorithm: Algorithm, plan: Plan, prompts: Sequence[Prompt], slots: Sequence[int],
+    policy: Policy, algorithm: Algorithm, plans: Sequence[Plan], prompts: Sequence[Prompt], slots: Sequence[int],
     conditions: Conditions, geometry: Geometry, *, samples_per_prompt: int, iteration: int, seed: int,
+    recorder: Recorder | None = None,
 ) -> Batch:  # fmt: skip
     """The samples of these prompts, with the edges to train on.
 
-    `slots` are the prompts' places in the whole iteration's list: noise is keyed by them, so that a prompt's samples do
-    not depend on which process makes them, and equal prompts do not get equal noise.
+    `slots` are the prompts' places in the whole iteration's list: noise is keyed and plans are dealt by them, so that a
+    prompt's samples do not depend on which process makes them, and equal prompts do not get equal noise. A `recorder`
+    keeps the graphs of the stored states for a single-pass update.
     """
-    roots_each = samples_per_prompt // plan.leaves_per_root
-    device = policy.device
+    width = plans[0].leaves_per_root
+    roots_each = samples_per_prompt // width
     prompt = torch.arange(len(prompts)).repeat_interleave(roots_each)
     slot = torch.tensor(list(slots), dtype=torch.long)[prompt]
-    member = torch.arange(roots_each).repeat(len(prompts)) * plan.leaves_per_root
+    number = torch.arange(roots_each).repeat(len(prompts))  # of the root among its prompt's
+    plan_of = (slot * roots_each + number) % len(plans)
     shape = policy.model.noise_shape(geometry.height, geometry.width, geometry.frames)
-    noise = noise_source(shape, seed=seed, iteration=iteration, prompt=slot, member=member, device=device)
-    root = torch.arange(len(prompt))
     cond = conditions([p.text for p in prompts])
+    tables, roots = [], []
+    for index, plan in enumerate(plans):
+        mine = torch.nonzero(plan_of == index).flatten()
+        if len(mine):
+            noise = noise_source(
+                shape, seed=seed, iteration=iteration, prompt=slot[mine], member=number[mine] * width,
+                device=policy.device,
+            )  # fmt: skip
+            root = torch.arange(len(mine))
+            with policy.role("rollout"):
+                tables.append(rollout(
+                    lambda x, t, i: policy.velocity(x, t, take(cond, i)), noise(root, torch.zeros_like(root), -1), plan,
+                    algorithm.kernel, eta=algorithm.eta, prompt=prompt[mine], group=slot[mine], noise=noise,
+                    micro_batch=geometry.rollout_batch, keep_mean=algorithm.needs.means,
+                    stored_velocity=recorder and (lambda x, t, i: recorder(x, t, take(cond, i))),
+                ))  # fmt: skip
+            roots.append(mine)
+    trajectory = tables[0] if len(tables) == 1 else _in_order(Trajectory.cat(tables), torch.cat(roots), width)
+    return Batch(
+        prompts=list(prompts), cond=cond, trajectory=trajectory, leaf_prompt=trajectory.leaf_prompt, plans=tuple(plans),
+        iteration=iteration, seed=seed, velocity=recorder and recorder.result(),
+    )  # fmt: skip
 
-    def velocity(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
-        return policy.velocity(x, t, take(cond, index))
 
-    with policy.role("rollout"):
-        trajectory = rollout(
-            velocity, noise(root, torch.zeros_like(root), -1), plan, algorithm.kernel, eta=algorithm.eta,
-            prompt=prompt, group=slot, noise=noise, micro_batch=geometry.rollout_batch,
-        )  # fmt: skip
-    return Batch(prompts=list(prompts), cond=cond, trajectory=trajectory, leaf_prompt=trajectory.leaf_prompt)
+def _in_order(table: Trajectory, roots: Tensor, width: int) -> Trajectory:
+    """A table of several plans' rollouts with the samples in the order of their roots, `width` samples each."""
+    leaf = (roots[:, None] * width + torch.arange(width)).flatten()
+    return table.reorder_leaves(leaf.argsort().to(table.x0.device))
 
 
 def sample(
     policy: Policy, prompts: Sequence[Prompt], slots: Sequence[int], conditions: Conditions, geometry: Geometry, *,
-    num_steps: int, seed: int, iteration: int = -1, batch: int = 150,
+    num_steps: int, seed: int, iteration: int = -1, batch: int = 150, tuned_steps: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """One sample [N,F,3,H,W] a prompt along the model's own grid, by ODE; noise keyed by (seed, iteration, slot)."""
+    """One sample [N,F,3,H,W] a prompt along the model's own grid, by ODE; noise keyed by (seed, iteration, slot).
+
+    `tuned_steps`: only the first so many steps, the noisiest, are the policy's; the rest are its `reference()`'s, the
+    base model's. MixGRPO (arXiv:2507.21802) takes 30 of 50 against reward hacking. None: all. ValueError if there are
+    fewer steps than that.
+    """
     media = []
     plan = deterministic(policy.model.times(num_steps, geometry.height, geometry.width, geometry.frames))
+    last = plan.num_steps if tuned_steps is None else tuned_steps
+    if not 0 <= last <= plan.num_steps:
+        raise ValueError(f"tuned_steps is {tuned_steps}, of {plan.num_steps} steps: choose from 0 to {plan.num_steps}.")
+    handover = plan.grid(policy.device)[last]  # the state at this time is the base model's to go on from
     shape = policy.model.noise_shape(geometry.height, geometry.width, geometry.frames)
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
@@ -107,11 +137,12 @@ def sample(
         noise = noise_source(shape, seed=seed, iteration=iteration, prompt=slot, device=policy.device)
 
         def velocity(x: Tensor, t: Tensor, i: Tensor, cond: Cond = cond) -> Tensor:
-            return policy.velocity(x, t, take(cond, i))
+            tuned = last == plan.num_steps or bool(t[0] > handover)
+            with nullcontext() if tuned else policy.reference(), policy.role("eval"):
+                return policy.velocity(x, t, take(cond, i))
 
-        with policy.role("eval"):
-            x_init = noise(index, torch.zeros_like(index), -1)
-            done = rollout(velocity, x_init, plan, prompt=index, group=slot)
+        x_init = noise(index, torch.zeros_like(index), -1)
+        done = rollout(velocity, x_init, plan, prompt=index, group=slot)
         media.append(decode(policy, done.x0, geometry.decode_batch))
     return torch.cat(media)
 

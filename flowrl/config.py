@@ -203,6 +203,10 @@ class DataConfig(Section):
     """The run stops when a reward gives no verdict on more than this share of the samples, three iterations running."""
     balance: Word | None = None
     """Metadata key, such as `category`, whose values every iteration covers evenly; null = plain shuffling."""
+    curriculum: Word | None = None
+    """Which prompts are drawn more: learnable, easy_first, package.module:attr, ./file.py:attr; null = all in turn."""
+    history: Natural = 32
+    """Rewards remembered of each prompt, best a few groups' worth; 0 = none."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Sizes of an evaluation."""
 
@@ -228,12 +232,24 @@ class OptimizerConfig(Section):
     """Last learning rate as a share of lr; for linear and cosine."""
     updates_per_iteration: Count = 1
     """Optimiser steps made of one rollout; the first is on policy, the rest rely on the clipped ratio."""
+    update: Literal["auto", "single_pass", "recompute"] = "auto"
+    """`single_pass` keeps the rollout's graphs: an update needs no second forward pass. For one update an iteration.
+
+    `recompute` evaluates the stored states again. auto = single_pass where it gives the same gradient (one update an
+    iteration, no micro_batch, no gradient checkpointing) and its graphs fit into half of the free memory.
+    """
     micro_batch: Count | None = None
     """Distinct states in one forward and backward pass; null = all of an update. Memory only, up to rounding."""
     max_skipped: Natural = 3
     """Optimiser steps in a row that may be left out because a gradient was not finite, before the run stops."""
     ema_decay: Share | None = None
     """Decay per update of the averaged weights, which then are evaluated and exported; null = none."""
+
+    def single_pass(self, checkpointing: bool) -> bool:
+        """Whether the rollout's graphs are kept, memory permitting."""
+        if self.update == "auto":
+            return self.updates_per_iteration == 1 and self.micro_batch is None and not checkpointing
+        return self.update == "single_pass"
 
 
 class EngineConfig(Section):
@@ -373,6 +389,12 @@ def _conflicts(config: Config) -> Iterator[tuple[Key, str]]:
         )
     if config.optimizer.min_lr_ratio and config.optimizer.schedule == "constant":
         yield ("optimizer", "min_lr_ratio"), "has no effect on a constant schedule; set schedule=cosine or leave it out"
+    if config.optimizer.update == "single_pass":
+        for key, value in (("updates_per_iteration", config.optimizer.updates_per_iteration > 1),
+                           ("micro_batch", config.optimizer.micro_batch is not None)):  # fmt: skip
+            if value:
+                text = "takes all of a rollout in one step, on the weights that made it; "
+                yield ("optimizer", "update"), f"single_pass {text}leave optimizer.{key} out, or set update=recompute"
     settings = config.data.evaluation
     if settings.grid_prompts > settings.num_samples:
         yield (
@@ -403,15 +425,23 @@ def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
     """What the algorithm itself says to the group size and to its first and last plan."""
     import torch
 
+    from flowrl.algorithms.schedule import plans_of
+
     algorithm = config.algorithm.build()
     absent = [name for name in ("num_steps", "plan", "credit", "loss") if not hasattr(algorithm, name)]
     if absent:
         yield ("algorithm", "name"), f"{config.algorithm.name} has no {', '.join(absent)}; see flowrl.types.Algorithm"
         return
+    if algorithm.needs.scores and sum(entry.weight != 0 for entry in config.rewards) > 1:
+        for index in (i for i, entry in enumerate(config.rewards) if entry.gate is not None):
+            text = "cuts the total, but this method takes each reward by itself; drop the gate, or set combine=sum"
+            yield ("rewards", index, "gate"), text
+    if algorithm.needs.history and not config.data.history:
+        yield ("data", "history"), f"{config.algorithm.name} compares with earlier rewards; set it to 16 or more"
     times = torch.linspace(1.0, 0.0, algorithm.num_steps + 1)
     for iteration in dict.fromkeys((0, config.iterations - 1)):
         try:
-            algorithm.plan(times, iteration, config.data.samples_per_prompt, config.seed)
+            plans_of(algorithm, times, iteration, config.data.samples_per_prompt, config.seed)
         except ValueError as error:
             about_group = "samples_per_prompt" in str(error)
             yield ("data", "samples_per_prompt") if about_group else ("algorithm",), f"{config.algorithm.name}: {error}"
@@ -434,7 +464,7 @@ def make_config(values: Mapping[str, Any], name: str = "config") -> Config:
 def check(path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
     """Every problem that can be found without loading weights; [] = the config can be run.
 
-    Beyond `load_config` it builds the rewards (which loads nothing) and reads the prompts.
+    Beyond `load_config` it builds the rewards (which loads nothing), reads the prompts, and looks for the teachers.
     """
     try:
         source = read_source(path, overrides)
@@ -465,11 +495,33 @@ def _deep_problems(config: Config) -> Iterator[tuple[Key, str]]:
         load_prompts(config.data.eval_prompts or "shapes", "held_out")
     except DataError as error:
         yield ("data", "eval_prompts"), str(error)
+    yield from _teacher_problems(config)
     path = Path(config.model.path).expanduser()
     looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") > 1
     if looks_local and not path.is_dir():
         known = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         yield ("model", "path"), f"the folder {path} does not exist{nearest(path.name, known)}"
+
+
+def _teacher_problems(config: Config) -> Iterator[tuple[Key, str]]:
+    """Teachers that are not there, and prompts that a method with a `check_prompts` cannot teach."""
+    from flowrl.data import DataError, load_prompts
+    from flowrl.models.pipeline import ModelError
+    from flowrl.policy import exported_weights
+
+    algorithm = config.algorithm.build()
+    for folder in algorithm.needs.teachers:
+        try:
+            exported_weights(folder)
+        except ModelError as error:
+            yield ("algorithm", "teachers"), str(error)
+    if hasattr(algorithm, "check_prompts"):
+        try:
+            algorithm.check_prompts(load_prompts(config.data.prompts, "train"))
+        except DataError:
+            pass  # told under data.prompts
+        except ValueError as error:
+            yield ("algorithm", "teachers"), str(error)
 
 
 def dump(config: Config) -> str:

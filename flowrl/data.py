@@ -4,23 +4,27 @@
     sampler = PromptSampler(prompts, per_iteration=48, seed=0)
     mine = shard(sampler(iteration), rank, world)
 
-What an iteration takes is a pure function of (seed, iteration): nothing has to be saved, and nothing depends on how
-many processes there are.
+What an iteration takes is a pure function of (seed, iteration), and of the weights where there is a curriculum: nothing
+has to be saved for it, and nothing depends on how many processes there are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flowrl.resolve import nearest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from flowrl.types import Prompt
 
 T = TypeVar("T")
@@ -137,7 +141,7 @@ def _no_constant(name: str) -> None:
 
 def _row(place: str, text: Any, metadata: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
     if not isinstance(text, str):
-        raise DataError(f"{place}: the prompt is {type(text).__name__} {_short(text)}, not text; put it in quotes.")
+        raise DataError(f"{place}: the prompt is {type(text).__name__} {short(text)}, not text; put it in quotes.")
     if not text.strip():
         raise DataError(f"{place}: the prompt is empty; remove the line, or write a prompt.")
     if "\0" in text:
@@ -149,7 +153,8 @@ def _row(place: str, text: Any, metadata: dict[str, Any] | None = None) -> tuple
     return text.strip(), metadata or {}
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as a message quotes it, cut after 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -160,7 +165,9 @@ def _short(value: object) -> str:
 class PromptSampler:
     """Which prompts an iteration takes: `sampler(iteration)`, the same on every process.
 
-    The prompts are walked through in a fresh order each epoch, so that none comes back before all have been seen.
+    The prompts are walked through in a fresh order each epoch, so that none comes back before all have been seen. With
+    the weights of a curriculum they are drawn instead, each iteration for itself.
+
     Where an iteration takes one more than once (the data set is small), every further group has an id of its own:
     its prompt's id plus a multiple of `len(prompts)`.
     """
@@ -178,12 +185,19 @@ class PromptSampler:
         self._pools = {"": list(range(len(prompts)))} if balance is None else _pools(prompts, balance)
         self._order = lru_cache(maxsize=2 * len(self._pools))(self._shuffled)
 
-    def __call__(self, iteration: int) -> list[Prompt]:
-        """The prompts of an iteration (from 0), one a group."""
+    def __call__(self, iteration: int, weights: Tensor | None = None) -> list[Prompt]:
+        """The prompts of an iteration (from 0), one a group.
+
+        `weights` [len(prompts)], none negative and not all 0, has them drawn without replacement, each draw in
+        proportion to the weights of the prompts that are left (of a value of `balance`, when that is its turn). A
+        prompt of weight 0 is taken only where the others do not suffice, and all are taken before one comes twice.
+        """
         first = iteration * self.per_iteration
+        places = range(first, first + self.per_iteration)
+        indices = map(self._at, places) if weights is None else self._drawn(iteration, places, self._numbers(weights))
         taken: dict[int, int] = {}
         chosen = []
-        for index in (self._at(place) for place in range(first, first + self.per_iteration)):
+        for index in indices:
             prompt, times = self._prompts[index], taken.get(index, 0)
             chosen.append(replace(prompt, id=prompt.id + times * len(self._prompts)) if times else prompt)
             taken[index] = times + 1
@@ -204,6 +218,47 @@ class PromptSampler:
 
         return sorted(self._pools[name], key=key)
 
+    def _drawn(self, iteration: int, places: range, weights: list[float]) -> Iterator[int]:
+        """Indices of the prompts at an iteration's places; pools take turns as they do in `_at`."""
+        draws = [self._draw(pool, iteration, weights) for pool in self._pools.values()]
+        return (next(draws[place % len(draws)]) for place in places)
+
+    def _draw(self, pool: list[int], iteration: int, weights: list[float]) -> Iterator[int]:
+        """A pool in the order of a weighted draw without replacement, then lap after lap in that of another draw.
+
+        Weighted random sampling (Efraimidis and Spirakis, 2006, algorithm A): the largest u^(1/w) first, with u uniform
+        in (0, 1). Note: sorted by -log(u) / w, smallest first, since u^(1/w) is rounded to 0 for every small w.
+        """
+        for lap in count():
+            waits = {index: self._exponential(f"{iteration}/{lap}/{index}") for index in pool}
+            # Those of weight 0 come last, among themselves evenly.
+            keys = [(wait / weights[i] if weights[i] else math.inf, wait, i) for i, wait in waits.items()]
+            yield from (index for _, _, index in sorted(keys))
+
+    def _exponential(self, identity: str) -> float:
+        """An exponential variate of mean 1, -log(u), as a function of the seed and an identity."""
+        digest = hashlib.blake2b(f"{self.seed}/draw/{identity}".encode(), digest_size=8).digest()
+        u = ((int.from_bytes(digest) >> 12) + 0.5) / 2**52  # of 52 bits: exact in float64, and neither 0 nor 1
+        return -math.log(u)
+
+    def _numbers(self, weights: Tensor) -> list[float]:
+        """The weights [len(prompts)] of a curriculum, which may be a function of the user's own, checked."""
+        values: list[float] = weights.tolist()
+        if weights.shape != (len(self._prompts),):
+            raise DataError(
+                f"data.curriculum: weights of shape {list(weights.shape)} for {len(self._prompts)} prompts; "
+                "return one for each."
+            )
+        for prompt, value in zip(self._prompts, values, strict=True):
+            if not 0 <= value < math.inf:
+                raise DataError(
+                    f"data.curriculum: prompt {prompt.id} ({short(prompt.text)}) has the weight {value}; "
+                    "return finite numbers that are not negative."
+                )
+        if not any(values):
+            raise DataError("data.curriculum: every prompt has the weight 0; return at least one that is larger.")
+        return values
+
 
 def _pools(prompts: Sequence[Prompt], key: str) -> dict[str, list[int]]:
     """Indices of the prompts by the value of a metadata key, in the order in which the values first appear."""
@@ -213,7 +268,7 @@ def _pools(prompts: Sequence[Prompt], key: str) -> dict[str, list[int]]:
             known: Mapping[str, Any] = prompt.metadata
             there = f"it has {', '.join(known)}" if known else "it has none"
             raise DataError(
-                f"data.balance={key}: prompt {prompt.id} ({_short(prompt.text)}) has no metadata {key!r}"
+                f"data.balance={key}: prompt {prompt.id} ({short(prompt.text)}) has no metadata {key!r}"
                 f"{nearest(key, known)}; {there}. Remove data.balance, or add the field to every line."
             )
         pools.setdefault(str(prompt.metadata[key]), []).append(index)

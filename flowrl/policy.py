@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,6 +32,7 @@ from flowrl.types import Cond, Model
 
 ADAPTER = "default"
 _METADATA = "lora_adapter_metadata"
+_UNFIT = "does not fit the model. Give weights that were trained on the base model of model.path"
 
 
 class Lora(BaseModel):
@@ -49,8 +51,13 @@ class Lora(BaseModel):
 class Policy:
     """A model with guidance applied, of which LoRA adapters (`lora`), all weights (None) or nothing (`frozen`) learn.
 
-    What learns is float32 whatever the model's dtype. `reference` is for full training only: a second copy of the
-    transformer, which `reference()` then needs; LoRA gets its reference for nothing, by switching the adapters off.
+    What learns is float32 whatever the model's dtype. `reference` keeps a second copy of the transformer, which
+    `reference()` needs where all weights learn, or where a full export is loaded into a frozen policy; LoRA gets its
+    reference for nothing, by switching the adapters off.
+
+    `teachers` are the folders that `teacher()` can be asked for: runs, or what an export wrote. LoRA teachers are
+    adapters on one frozen base, the student's own where it trains LoRA itself; a teacher with full weights is a copy of
+    the transformer. None of them learns, is averaged, saved or exported. `largest_guidance` is the teachers'.
     """
 
     def __init__(
@@ -63,11 +70,14 @@ class Policy:
         ema_decay: float | None = None,
         ema_warmup: bool = True,
         reference: bool = False,
+        teachers: Sequence[str] = (),
+        largest_guidance: float = 1.0,
         gradient_checkpointing: bool = False,
         device: str | torch.device | None = None,
         seed: int = 0,
     ) -> None:
         self.model, self.guidance = model, guidance
+        self._largest_guidance = max(guidance, largest_guidance)
         self.lora = Lora.model_validate(lora) if lora is not None and not frozen else None
         self.calls: Counter[str] = Counter()
         self._role = "train"
@@ -76,6 +86,7 @@ class Policy:
         # An engine may wrap `model.trainable` later; weights and adapters are reached through the module itself.
         self._module: Any = model.trainable
         self._module.requires_grad_(False)
+        shapes = _shapes(self._module)
         if not frozen and getattr(self._module, "peft_config", None):
             raise ModelError(
                 "the model carries adapters already, which training would silently switch off or mix in. "
@@ -91,8 +102,11 @@ class Policy:
         if gradient_checkpointing:
             model.enable_gradient_checkpointing()  # type: ignore[attr-defined]
         self._initial: torch.nn.Module | None = None
-        if reference and not frozen and self.lora is None:
+        self._overwritten = False
+        folders = {name: exported_weights(name) for name in teachers}
+        if self.lora is None and (reference or any(map(_is_lora, folders.values()))):
             self._initial = copy.deepcopy(self._module).requires_grad_(False)
+        self._teachers = {name: self._load_teacher(name, folder, shapes) for name, folder in folders.items()}
         self.ema = EMA(self._parameters, ema_decay, ema_warmup) if ema_decay is not None and self._parameters else None
 
     @property
@@ -113,7 +127,7 @@ class Policy:
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditions [P, ...] of the prompts; the empty prompt's are left out where guidance does not need them."""
         cond = self.model.encode(prompts)
-        return cond if self.guidance > 1 else {k: v for k, v in cond.items() if not k.startswith("negative_")}
+        return cond if self._largest_guidance > 1 else {k: v for k, v in cond.items() if not k.startswith("negative_")}
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Velocity [N,*L] at states x [N,*L] and times t [N], guidance applied; adds to `calls`."""
@@ -131,9 +145,35 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within it `velocity` is that of the weights before training; cutting gradients is left to the caller."""
+        """Within it `velocity` is that of the weights before training, or before an export was loaded.
+
+        Cutting gradients is left to the caller. ModelError where those weights are gone for want of a copy.
+        """
         with self.role("reference"), self._initial_weights():
             yield
+
+    @contextmanager
+    def teacher(self, weights: str | None, guidance: float) -> Iterator[None]:
+        """Within it `velocity` is that of a frozen teacher with a guidance of its own, and counts as "teacher".
+
+        `weights` is one of the `teachers` that the policy was built with, or None for what `reference()` gives.
+        Cutting gradients is left to the caller. ModelError for other weights, or a guidance beyond `largest_guidance`.
+        """
+        if weights is not None and weights not in self._teachers:
+            known = ", ".join(map(repr, self._teachers)) or "none"
+            raise ModelError(f"teacher {weights!r} was not loaded ({known}): name it in the policy's `teachers`.")
+        if guidance > self._largest_guidance:
+            raise ModelError(
+                f"a teacher's guidance is {guidance:g}, but conditions were encoded for {self._largest_guidance:g} at "
+                "most: build the policy with that largest_guidance (an algorithm asks for it in needs.guidance)."
+            )
+        inside = self._initial_weights() if weights is None else self._teacher_weights(*self._teachers[weights])
+        before, self.guidance = self.guidance, guidance
+        try:
+            with self.role("teacher"), inside:
+                yield
+        finally:
+            self.guidance = before
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -189,27 +229,74 @@ class Policy:
 
     @contextmanager
     def _initial_weights(self) -> Iterator[None]:
-        if not self._parameters:
-            yield
-        elif self.lora is not None:
+        if self._initial is not None:
+            with self._instead(self._initial):
+                yield
+        elif getattr(self._module, "peft_config", None):
             self._module.disable_adapters()
             try:
                 yield
             finally:
                 self._module.enable_adapters()
-        elif self._initial is not None:
-            # Another module takes the place, not other values: values changed between a forward and its backward pass
-            # would break the gradient of the loss that compares the two.
-            current, self.model.trainable = self.model.trainable, self._initial
+                if not self._parameters:
+                    self._module.requires_grad_(False)  # switching adapters on makes them learn
+        elif self._parameters or self._overwritten:
+            raise ModelError(
+                "full weights, trained or loaded, keep no reference unless told so, because it takes a second copy: "
+                "build the policy with reference=True, or take LoRA adapters, whose reference is free."
+            )
+        else:
+            yield
+
+    @contextmanager
+    def _instead(self, module: torch.nn.Module) -> Iterator[None]:
+        """Another module takes the place, not other values.
+
+        Values changed between a forward and its backward pass would break the gradient of a loss that compares the two.
+        """
+        current, self.model.trainable = self.model.trainable, module
+        try:
+            yield
+        finally:
+            self.model.trainable = current
+
+    def _load_teacher(
+        self, name: str, folder: Path, shapes: Mapping[str, torch.Size]
+    ) -> tuple[torch.nn.Module, str | None]:
+        """A module, and which of its adapters is the teacher (None: the module has none)."""
+        model: Any = self.model
+        if not _is_lora(folder):
+            return _load_copy(type(self._module), folder / model.component, model.dtype, shapes).to(self.device), None
+        module: Any = self._module if self.lora is not None else self._initial
+        adapter = f"teacher_{len(getattr(module, 'peft_config', ()))}"
+        _load_adapter(module, model.component, folder / LORA_WEIGHTS, adapter)
+        self._activate(module, ADAPTER if self.lora is not None else None)
+        return module, adapter
+
+    @contextmanager
+    def _teacher_weights(self, module: torch.nn.Module, adapter: str | None) -> Iterator[None]:
+        own = module is self._module  # which an engine may have wrapped: it stays where it is
+        with nullcontext() if own else self._instead(module):
+            if adapter is None:
+                yield
+                return
+            self._activate(module, adapter)
             try:
                 yield
             finally:
-                self.model.trainable = current
+                self._activate(module, ADAPTER if own else None)
+
+    def _activate(self, module: Any, adapter: str | None) -> None:
+        """Lets one adapter of a module compute, or none of them; what learns stays as it is."""
+        if adapter is None:
+            module.disable_adapters()
         else:
-            raise ModelError(
-                "full training keeps no reference unless it is told so, because it takes a second copy of the weights: "
-                "build the policy with reference=True, or train LoRA adapters, whose reference is free."
-            )
+            module.set_adapter(adapter)
+            module.enable_adapters()
+        # peft makes what it switches on learn, and freezes the rest.
+        module.requires_grad_(False)
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(True)
 
     @torch.no_grad()
     def _assign(self, weights: Mapping[str, Tensor]) -> None:
@@ -225,6 +312,22 @@ class Policy:
             parameter.copy_(weights[name])
 
 
+def exported_weights(folder: str | Path) -> Path:
+    """The folder of the exported weights at `folder`: a run that has ended, its `weights`, or any export.
+
+    ModelError where there are none.
+    """
+    source = Path(folder).expanduser()
+    for candidate in (source / "weights", source):
+        if (candidate / INFERENCE).is_file() or _is_lora(candidate):
+            return candidate
+    reason = "has no exported weights" if source.is_dir() else "is no folder"
+    raise ModelError(
+        f"weights {str(folder)!r}: {source.absolute()} {reason}. Give the output_dir of a run that has ended, or what "
+        "an export wrote (flowrl export RUN --output FOLDER)."
+    )
+
+
 def load_weights(target: Any, folder: str | Path) -> None:
     """Applies an exported folder to a policy, a model or a diffusers pipeline; the base model must be the same.
 
@@ -235,7 +338,7 @@ def load_weights(target: Any, folder: str | Path) -> None:
     model: Any = target.model if isinstance(target, Policy) else target
     pipe = getattr(model, "pipe", model)
     component = getattr(model, "component", "transformer")
-    lora = (source / LORA_WEIGHTS).is_file()
+    lora = _is_lora(source)
     if not lora and not (source / component).is_dir():
         raise ModelError(
             f"weights {str(folder)!r}: neither {LORA_WEIGHTS} nor a folder {component}/ in it. "
@@ -254,6 +357,8 @@ def load_weights(target: Any, folder: str | Path) -> None:
         getattr(pipe, component).requires_grad_(False)
     else:
         _load_component(getattr(pipe, component), source / component)
+        if isinstance(target, Policy):
+            target._overwritten = True
     if isinstance(target, Policy) and target.ema:
         target.ema.reset()
 
@@ -324,6 +429,51 @@ def _load_component(module: Any, folder: Path) -> None:
         module.load_state_dict(stored.state_dict())
     except RuntimeError as error:
         raise ModelError(f"weights {str(folder)!r} do not fit the model: {error}") from error
+
+
+def _is_lora(folder: Path) -> bool:
+    return (folder / LORA_WEIGHTS).is_file()
+
+
+def _shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in module.named_parameters()}
+
+
+def _load_copy(kind: Any, folder: Path, dtype: torch.dtype, shapes: Mapping[str, torch.Size]) -> torch.nn.Module:
+    """A frozen module of the class `kind` from a full export; ModelError unless its parameters have these shapes."""
+    try:
+        module: torch.nn.Module = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"teacher {str(folder)!r} could not be read: {error}") from error
+    _check_teacher(folder, _shapes(module), shapes)
+    return module.requires_grad_(False).eval()
+
+
+def _load_adapter(module: Any, component: str, file: Path, adapter: str) -> None:
+    """One more adapter on a module, with the rank, alpha and targets of its export; ModelError if it does not fit."""
+    from peft.utils import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="pt") as stored:
+        own = [key for key in stored.keys() if key.startswith(f"{component}.")]
+        asked = {key.removeprefix(f"{component}."): torch.Size(stored.get_slice(key).get_shape()) for key in own}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+            module.load_lora_adapter(
+                str(file.parent), prefix=component, weight_name=file.name, use_safetensors=True, adapter_name=adapter
+            )
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ModelError(f"teacher {str(file)!r} {_UNFIT} ({error})") from error
+    found = get_peft_model_state_dict(module, adapter_name=adapter) if own else {}
+    _check_teacher(file, asked, {name: tensor.shape for name, tensor in found.items()})
+
+
+def _check_teacher(source: Path, stored: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> None:
+    wrong = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
+    if wrong or not stored:
+        example = f"{len(wrong)} tensors differ in name or shape, e.g. {wrong[0]}" if wrong else "it has no tensors"
+        raise ModelError(f"teacher {str(source)!r} {_UNFIT} ({example})")
 
 
 def _readme(model: Any, folder: str, lora: bool) -> str:

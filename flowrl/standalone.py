@@ -17,7 +17,7 @@ from flowrl.config import Config, load_config
 from flowrl.data import BUILT_IN, load_prompts
 from flowrl.engine import default_device
 from flowrl.evaluate import Evaluation, evaluate, evaluation_prompts, mean_and_error, paired_gain
-from flowrl.models.pipeline import load, read_inference
+from flowrl.models.pipeline import LORA_WEIGHTS, load, read_inference
 from flowrl.policy import Policy, load_weights
 from flowrl.report import save_grid
 from flowrl.resolve import resolve
@@ -105,16 +105,28 @@ def _cell(mean: float | None, error: float | None) -> str:
 
 def sample_grid(
     prompts: Sequence[str], *, model: str, weights: Path | None, count: int, num_steps: int | None,
-    guidance: float | None, seed: int, output: Path,
+    guidance: float | None, seed: int, output: Path, tuned_share: float = 1.0,
 ) -> None:  # fmt: skip
-    """Draw every prompt `count` times into one picture."""
+    """Draw every prompt `count` times into one picture.
+
+    `tuned_share` in [0,1] of the steps, noisiest first and rounded to whole ones, go with `weights`, the rest with the
+    base model. A second copy of the network is in memory only where the weights are a full export.
+    """
+    if tuned_share != 1 and weights is None:
+        raise RunError(
+            f"--tuned-share {tuned_share:g} divides the steps between tuned weights and their base model, but no "
+            "weights are given: add --from RUN, or leave --tuned-share out."
+        )
     exported = weights_of(weights) if weights else None
     config = None if model or exported is None else _config_of(exported)
     loaded: Any = load_model(config) if config else load(model or BUILT_IN)
     settings = loaded.inference | (read_inference(exported, loaded.pipe) if exported else {})
+    steps = num_steps or settings["num_inference_steps"]
+    tuned_steps = round(tuned_share * steps)
+    keep_base = exported is not None and tuned_steps < steps and not (exported / LORA_WEIGHTS).is_file()
     policy = Policy(
         loaded, frozen=True, guidance=settings["guidance_scale"] if guidance is None else guidance,
-        device=default_device(),
+        device=default_device(), reference=keep_base,
     )  # fmt: skip
     if exported:
         load_weights(policy, exported)
@@ -122,7 +134,7 @@ def sample_grid(
     media = sample(
         policy, wanted, range(len(wanted)), Conditions(encode=policy.encode, device=policy.device),
         Geometry(height=settings["height"], width=settings["width"]),
-        num_steps=num_steps or settings["num_inference_steps"], seed=seed,
+        num_steps=steps, seed=seed, tuned_steps=tuned_steps,
     )  # fmt: skip
     save_grid(Evaluation(prompts=wanted, scores={}, measures={}, media=media), output, len(wanted))
 

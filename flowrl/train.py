@@ -25,27 +25,36 @@ from torch import Tensor
 
 from flowrl import checkpoint
 from flowrl.algorithms.advantages import group_advantages
+from flowrl.algorithms.schedule import plans_of
 from flowrl.checkpoint import Checkpoint, CheckpointError, RunLock, flatten_optimizer, restore_optimizer
 from flowrl.collect import Conditions, Geometry, decode_and_submit, roll_out
 from flowrl.config import Config, diff, dump, identity
+from flowrl.curriculum import curriculum
 from flowrl.data import PromptSampler, fingerprint, load_prompts, shard
 from flowrl.engine import EngineError, connect, together
 from flowrl.evaluate import Evaluation, evaluate, evaluation_prompts
 from flowrl.faults import fault
+from flowrl.history import PromptHistory
 from flowrl.log import RunLog, plain, write_atomic
 from flowrl.metrics import PhaseTimer
 from flowrl.models.pipeline import load
 from flowrl.policy import Policy
+from flowrl.record import Recorder
 from flowrl.report import headline, save_grid, table_lines, write_report
 from flowrl.resolve import resolve
-from flowrl.types import Algorithm, Batch
+from flowrl.types import Algorithm, Batch, Prompt
 from flowrl.update import Updater, deal, learning_rate_factor
 from rewards import HubResult, RewardHub
+from rewards.combine import normalised
 from rewards.scorer import NanWatch
-from samplers import stable_seed
+from samplers import Plan, stable_seed
 
 RATIO_TOLERANCE = 1e-4
 """Deviation of the first update's ratio from 1 that rounding in fp32 does not explain."""
+
+
+MEMORY_SHARE = 0.5
+"""Share of the free memory that the graphs of a single-pass update may take where nobody asked for it."""
 
 
 class Interrupted(SystemExit):
@@ -82,6 +91,10 @@ class Trainer:
             )
         prompts = load_prompts(data.prompts, "train")
         self.sampler = PromptSampler(prompts, data.prompts_per_iteration, config.seed, data.balance)
+        self.prompts = prompts
+        self.history = PromptHistory(data.history, len(prompts))
+        self.curriculum = curriculum(data.curriculum) if data.curriculum else None
+        self._prompts_of(0)  # refuses a curriculum's weights before anything is loaded
         self.eval_prompts = evaluation_prompts(
             load_prompts(data.eval_prompts or data.prompts, "held_out"), data.evaluation.num_samples
         )
@@ -110,6 +123,7 @@ class Trainer:
             updates=o.updates_per_iteration, micro_batch=o.micro_batch, max_grad_norm=o.max_grad_norm,
             max_skipped=o.max_skipped,
         )  # fmt: skip
+        self.single_pass = o.single_pass(config.model.gradient_checkpointing)
         self.iteration = self.saved = 0
         """Iterations done, and iterations in the newest checkpoint."""
         self.seconds = 0.0
@@ -148,20 +162,22 @@ class Trainer:
         calls_before = dict(self.policy.calls)
 
         with phase("prompts"):
-            prompts = self.sampler(iteration)
+            prompts = self._prompts_of(iteration)
             slots = shard(list(range(len(prompts))), self.engine.rank, self.engine.world)
             mine = [prompts[slot] for slot in slots]
 
         with phase("plan"):
             times = self._times()
-            plan = self.algorithm.plan(times, iteration, config.data.samples_per_prompt, config.seed)
+            per_prompt = config.data.samples_per_prompt
+            plans = plans_of(self.algorithm, times, iteration, per_prompt, config.seed)
             rate = self._set_learning_rate(iteration)
 
         with self._saving_what_is_done():
             with phase("collect"):
                 batch = roll_out(
-                    self.policy, self.algorithm, plan, mine, slots, self.conditions, self.geometry,
-                    samples_per_prompt=config.data.samples_per_prompt, iteration=iteration, seed=config.seed,
+                    self.policy, self.algorithm, plans, mine, slots, self.conditions, self.geometry,
+                    samples_per_prompt=per_prompt, iteration=iteration, seed=config.seed,
+                    recorder=self._recorder(plans, len(mine)),
                 )  # fmt: skip
                 tickets = decode_and_submit(self.policy, batch, self.hub, self.geometry)
             with phase("score"):
@@ -175,23 +191,27 @@ class Trainer:
                 watch.see(scores[name], [row[name]["error"] for row in result.info if "error" in row[name]])
 
         with phase("credit"):
-            advantages = self.algorithm.credit(self._with_everyones_rewards(batch, table))
-            batch = with_verdict(replace(batch, rewards=result.total.double(), advantages=advantages))
+            for prompt, rewards in zip(prompts, table.view(len(prompts), per_prompt), strict=True):
+                self.history.add(prompt.id, rewards, iteration)
+            everyone = self._with_everyones_rewards(batch, table, scores)
+            advantages = self.algorithm.credit(replace(everyone, groups=prompts, history=self.history))
+            batch = credited(replace(batch, rewards=result.total.double()), advantages)
 
         with phase("update"):
-            roots_each = config.data.samples_per_prompt // plan.leaves_per_root
             key = stable_seed(config.seed, iteration, -2)
-            update_of = deal(batch, plan, slots, len(prompts), roots_each, self.updater.updates, key)
+            whole = self.algorithm.needs.whole_samples
+            update_of = deal(batch, slots, len(prompts), per_prompt, self.updater.updates, key, whole)
             metrics = self.updater.run(batch, update_of)
             self._check_ratio(metrics["ratio_first_update"])
         fault("train.updated")
 
         self.seconds += phase.total
-        roles = ("rollout", "train", "reference")
+        roles = ("rollout", "train", "reference", "teacher")
         calls = {role: self._total(self.policy.calls[role] - calls_before.get(role, 0)) for role in roles}
         return (
             metrics
-            | reward_metrics(table, scores, config.data.samples_per_prompt)
+            | reward_metrics(table, scores, per_prompt)
+            | {"single_pass": float(batch.velocity is not None)}
             | {f"calls/{role}": float(count) for role, count in calls.items()}
             | {f"time/{name}": seconds for name, seconds in phase.seconds.items()}
             | {"time/iteration": phase.total, "time/total": self.seconds, "lr": rate}
@@ -199,12 +219,19 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------- parts of it
 
+    def _prompts_of(self, iteration: int) -> list[Prompt]:
+        """The prompts of an iteration; a curriculum weighs them by what their samples got so far."""
+        weights = None if self.curriculum is None else self.curriculum(self.history, self.prompts, iteration)
+        return self.sampler(iteration, weights)
+
     def _build_policy(self) -> Policy:
         config = self.config
+        needs = self.algorithm.needs
         return Policy(
             load_model(config), lora=config.model.lora and config.model.lora.model_dump(),
             guidance=config.model.guidance, ema_decay=config.optimizer.ema_decay,
-            reference=self.algorithm.needs.reference, device=self.engine.device, seed=config.seed,
+            reference=needs.reference, teachers=needs.teachers, largest_guidance=needs.guidance,
+            device=self.engine.device, seed=config.seed,
             gradient_checkpointing=config.model.gradient_checkpointing,
         )  # fmt: skip
 
@@ -221,6 +248,15 @@ class Trainer:
         """The grid of a training rollout that the model's own pipeline would take."""
         g = self.geometry
         return self.policy.model.times(self.algorithm.num_steps, g.height, g.width, g.frames)
+
+    def _recorder(self, plans: tuple[Plan, ...], num_prompts: int) -> Recorder | None:
+        """What keeps the rollout's graphs where the update takes them; see `optimizer.update`."""
+        if not self.single_pass:
+            return None
+        roots = num_prompts * self.config.data.samples_per_prompt // plans[0].leaves_per_root
+        states = roots * max(sum(plan.nodes(step) for step in plan.stochastic_steps) for plan in plans)
+        asked = self.config.optimizer.update == "single_pass"
+        return Recorder(policy=self.policy, states=states, memory_share=None if asked else MEMORY_SHARE)
 
     def _check_ratio(self, deviation: float) -> None:
         """Warn, once, where the policy that is trained is not the one that made the samples."""
@@ -255,15 +291,20 @@ class Trainer:
         value[seen == 0] = math.nan
         return value[0], dict(zip(result.scores, value[1:], strict=True))
 
-    def _with_everyones_rewards(self, batch: Batch, table: Tensor) -> Batch:
+    def _with_everyones_rewards(self, batch: Batch, table: Tensor, scores: Mapping[str, Tensor]) -> Batch:
         """The batch as `credit` sees it: this process's edges over the samples of all processes."""
         per_prompt = self.config.data.samples_per_prompt
+        rules = {name: rule for name, rule in self.hub.rules.items() if rule.weight != 0}
         trajectory = batch.trajectory
         leaves = torch.zeros(len(trajectory), len(table), dtype=torch.bool, device=trajectory.leaves.device)
         leaves[:, leaf_places(batch, per_prompt).to(leaves.device)] = trajectory.leaves
         group = torch.arange(len(table) // per_prompt, device=leaves.device).repeat_interleave(per_prompt)
         trajectory = replace(trajectory, leaves=leaves, group=group)
-        return replace(batch, trajectory=trajectory, rewards=table.to(leaves.device))
+        return replace(
+            batch, trajectory=trajectory, rewards=table.to(leaves.device),
+            scores={name: normalised(scores[name], rule, group.cpu()).double() for name, rule in rules.items()},
+            weights={name: rule.weight for name, rule in rules.items()},
+        )  # fmt: skip
 
     def _total(self, count: int) -> int:
         return int(self.engine.sum(torch.tensor(count, dtype=torch.float64)).item())
@@ -385,6 +426,7 @@ class Trainer:
         tensors, optimizer = flatten_optimizer(self.optimizer)
         tensors = {f"optimizer.{k}": v for k, v in tensors.items()}
         tensors |= {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
+        tensors |= {f"history.{k}": v for k, v in self.history.state_dict().items()}
         meta = {
             "optimizer": optimizer, "skipped": self.updater.skipped,
             "evaluations": self.evaluations, "seconds": self.seconds, "identity": self.identity,
@@ -405,12 +447,13 @@ class Trainer:
 
     def _take_up(self, state: Checkpoint) -> None:
         """Go on from a checkpoint."""
-        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in ("policy", "optimizer")}
+        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in ("policy", "optimizer", "history")}
         for key, tensor in state.tensors.items():
             part, _, rest = key.partition(".")
             tensors[part][rest] = tensor
         self.policy.load_state_dict(tensors["policy"])
         restore_optimizer(self.optimizer, tensors["optimizer"], state.meta["optimizer"])
+        self.history.load_state_dict(tensors["history"])
         self.iteration = self.saved = state.iteration
         self.updater.skipped = state.meta["skipped"]
         self.evaluations, self.seconds = state.meta["evaluations"], state.meta["seconds"]
@@ -493,12 +536,10 @@ def leaf_places(batch: Batch, samples_per_prompt: int) -> Tensor:
     return place
 
 
-def with_verdict(batch: Batch) -> Batch:
-    """Without the edges that lead to no sample with a verdict: they would count in the mean of the loss."""
-    assert batch.rewards is not None and batch.advantages is not None
-    trajectory = batch.trajectory
-    known = (trajectory.leaves & batch.rewards.isfinite().to(trajectory.leaves.device)).any(1)
-    return replace(batch, trajectory=trajectory.select(known), advantages=batch.advantages[known])
+def credited(batch: Batch, advantages: Tensor) -> Batch:
+    """With its credit [E], and without the edges whose credit is NaN: they are not trained on."""
+    known = ~advantages.isnan()
+    return replace(batch, trajectory=batch.trajectory.select(known), advantages=advantages[known])
 
 
 def reward_metrics(table: Tensor, scores: Mapping[str, Tensor], samples_per_prompt: int) -> dict[str, float]:
@@ -516,14 +557,18 @@ def reward_metrics(table: Tensor, scores: Mapping[str, Tensor], samples_per_prom
 
 
 def _join(results: list[HubResult]) -> HubResult:
-    """The results of several tickets under each other."""
+    """The results of several tickets under each other; a part that a ticket lacks, where a reward failed, is NaN."""
+    names = {name: dict.fromkeys(part for r in results for part in r.parts[name]) for name in results[0].scores}
     return HubResult(
         total=torch.cat([r.total for r in results]),
-        scores={name: torch.cat([r.scores[name] for r in results]) for name in results[0].scores},
+        scores={name: torch.cat([r.scores[name] for r in results]) for name in names},
         parts={
-            name: {part: torch.cat([r.parts[name][part] for r in results]) for part in parts}
-            for name, parts in results[0].parts.items()
+            name: {
+                part: torch.cat([r.parts[name].get(part, torch.full_like(r.total, math.nan)) for r in results])
+                for part in parts
+            }
+            for name, parts in names.items()
         },
         info=[row for r in results for row in r.info],
-        seconds={name: sum(r.seconds[name] for r in results) for name in results[0].seconds},
+        seconds={name: sum(r.seconds[name] for r in results) for name in names},
     )

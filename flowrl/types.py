@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from flowrl.history import PromptHistory
     from samplers import Kernel, Plan, Trajectory
 
 Cond = dict[str, Tensor]
@@ -48,8 +49,21 @@ class Batch:
     """Index of each sample's prompt, int [B]."""
     media: Tensor | None = None
     """Decoded samples [B,F,3,H,W] in [0,1]; F = 1 for images."""
+    plans: tuple[Plan, ...] = ()
+    """The plans that the iteration's roots were dealt, of all processes."""
+    iteration: int = 0
+    seed: int = 0
+    """Of the run: with the iteration it keys what credit draws at random."""
+    velocity: Tensor | None = None
+    """Velocity of each stored state by its number [M,*L], with the rollout's graph, in a single-pass update."""
     scores: dict[str, Tensor] = field(default_factory=dict)
-    """Raw score of each reward, [B]; NaN = no verdict."""
+    """Score of each reward that counts, as it enters the sum, float64 [B]; NaN = no verdict."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """The weight of each of them."""
+    history: PromptHistory | None = None
+    """Rewards of the prompts in this and earlier iterations, where the run keeps them."""
+    groups: list[Prompt] = field(default_factory=list)
+    """The prompt of each group, of all processes; for credit."""
     rewards: Tensor | None = None
     """What is trained on: the combined reward, float64 [B]; NaN = no verdict."""
     advantages: Tensor | None = None
@@ -71,7 +85,21 @@ class Needs(NamedTuple):
     """What an algorithm asks of a run, so that impossible configurations are refused before anything is loaded."""
 
     logprobs: bool = True
+    """Stochastic steps: a plan without one is refused."""
     reference: bool = False
+    """The initial weights, in `policy.reference()`."""
+    means: bool = False
+    """The means of the rollout's steps, in `trajectory.mean`."""
+    whole_samples: bool = False
+    """All stored steps of a sample in one optimiser step and one forward pass."""
+    scores: bool = False
+    """Each reward by itself, in `batch.scores`."""
+    history: bool = False
+    """Rewards of earlier iterations, in `batch.history`."""
+    teachers: tuple[str, ...] = ()
+    """Exported weights that `policy.teacher` can be asked for."""
+    guidance: float = 1.0
+    """The largest guidance that `policy.teacher` is asked for."""
     differentiable_reward: bool = False
 
 
@@ -84,6 +112,10 @@ class Policy(Protocol):
 
     def reference(self) -> AbstractContextManager[None]:
         """Within it `velocity` is that of the frozen initial weights."""
+        ...
+
+    def teacher(self, weights: str | None, guidance: float) -> AbstractContextManager[None]:
+        """Within it `velocity` is that of exported weights (None: the initial ones) with a guidance of their own."""
         ...
 
 
@@ -122,6 +154,11 @@ class Hyperparameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def needs(self) -> Needs:
+        """What the run must offer; a method that asks for more says so."""
+        return Needs()
+
 
 class Algorithm(Protocol):
     """A method: which steps are stochastic, what each edge is worth, and the loss. One file each."""
@@ -139,12 +176,19 @@ class Algorithm(Protocol):
         """How a stochastic step moves."""
         ...
 
-    def plan(self, times: Tensor, iteration: int, samples_per_prompt: int, seed: int) -> Plan:
-        """Which steps of the grid `times` [T+1] are stochastic or branch: a pure function, equal on every process."""
+    def plan(self, times: Tensor, iteration: int, samples_per_prompt: int, seed: int) -> Plan | Sequence[Plan]:
+        """Which steps of the grid `times` [T+1] are stochastic or branch: a pure function, equal on every process.
+
+        Several plans, whose trees have equally many leaves, are dealt in turn to the iteration's roots, prompt by
+        prompt.
+        """
         ...
 
     def credit(self, batch: Batch) -> Tensor:
-        """Advantage of each stored edge, [E], from `batch.rewards` [B]; 0 for what must not be trained on."""
+        """Advantage of each stored edge, [E], from `batch.rewards` [B].
+
+        NaN takes the edge out of training; 0 teaches nothing but counts in the mean of the loss.
+        """
         ...
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:

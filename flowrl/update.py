@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from flowrl.algorithms.aggregate import merge_metrics
-from flowrl.algorithms.policy_gradient import distinct_states
+from flowrl.algorithms.policy_gradient import roots_of
 from flowrl.engine import Engine, together
 from flowrl.metrics import RunningMean
 from flowrl.policy import Policy
 from flowrl.types import Algorithm, Batch
-from samplers import Plan, stable_seed
+from samplers import stable_seed
 
 
 class UpdateError(RuntimeError):
@@ -81,14 +81,23 @@ class Updater:
         return merged
 
     def _micro_batches(self, batch: Batch, mine: Tensor) -> Iterator[Batch]:
-        """The edges `mine` in portions of `micro_batch` states; siblings stay together: they need one evaluation."""
+        """The edges `mine` in portions of about `micro_batch` states; what needs one forward pass stays together."""
         assert batch.advantages is not None
-        mine = mine.to(batch.trajectory.x.device)
-        states, of_edge = distinct_states(replace(batch, trajectory=batch.trajectory.select(mine)))
-        size = self.micro_batch or len(states)
-        for start in range(0, len(states), size or 1):
-            index = mine[(of_edge >= start) & (of_edge < start + size)]
-            yield replace(batch, trajectory=batch.trajectory.select(index), advantages=batch.advantages[index])
+        trajectory = batch.trajectory
+        mine = mine.to(trajectory.x.device)
+        states, of_edge = torch.unique(trajectory.state[mine], return_inverse=True)
+        if not len(states):
+            return
+        portion = torch.zeros_like(of_edge)
+        if self.micro_batch and batch.velocity is None:
+            unit, size = of_edge, self.micro_batch
+            if self.algorithm.needs.whole_samples:
+                roots, unit = torch.unique(roots_of(batch)[mine], return_inverse=True)
+                size = max(1, self.micro_batch * len(roots) // len(states))
+            portion = unit // size
+        for number in range(int(portion.max()) + 1):
+            index = mine[portion == number]
+            yield replace(batch, trajectory=trajectory.select(index), advantages=batch.advantages[index])
 
     def _sum_gradients(self) -> None:
         """Add up the processes' gradients in one flat buffer."""
@@ -125,24 +134,37 @@ class Updater:
 
 
 def deal(
-    batch: Batch, plan: Plan, slots: Sequence[int], num_prompts: int, roots_each: int, updates: int, key: int
-) -> Tensor:
+    batch: Batch, slots: Sequence[int], num_prompts: int, samples_per_prompt: int, updates: int, key: int,
+    whole_samples: bool = False,
+) -> Tensor:  # fmt: skip
     """Which optimiser step each edge [E] goes into: every step gets an equal share of each depth's states.
 
-    Siblings go together, since they need one evaluation. A function of (key, prompt's slot, place in the tree) whatever
-    the number of processes; `key` changes with the iteration.
+    Siblings go together, since they need one evaluation; with `whole_samples` all that grew from one root does. A
+    function of (key, prompt's slot, place in the tree) whatever the number of processes; `key` changes with the
+    iteration.
     """
-    trajectory = batch.trajectory
-    slot = torch.tensor(list(slots), dtype=torch.long)
+    trajectory, plans = batch.trajectory, batch.plans
+    width = plans[0].leaves_per_root
+    each = samples_per_prompt // width
+    mine = roots_of(batch).cpu()
+    root = torch.tensor(list(slots), dtype=torch.long)[mine // each] * each + mine % each
+    if whole_samples:
+        return _hands(num_prompts * each, updates, key, 0)[root]
     out = torch.full((len(trajectory),), -1)
-    for step in plan.stochastic_steps:
-        states = roots_each * plan.nodes(step)  # of one prompt
-        generator = torch.Generator().manual_seed(stable_seed(key, step))
-        hand = torch.randperm(num_prompts * states, generator=generator) % updates
+    leaf = trajectory.leaves.int().argmax(1).cpu() % width
+    plan_of = torch.arange(num_prompts * each) % len(plans)
+    for step in sorted({step for plan in plans for step in plan.stochastic_steps}):
+        nodes = torch.tensor([plan.nodes(step) if plan.stochastic[step] else 0 for plan in plans])[plan_of]
+        hand = _hands(int(nodes.sum()), updates, key, step)
         rows = torch.nonzero(trajectory.step.cpu() == step).flatten()
-        prompt, node = trajectory.prompt.cpu()[rows], trajectory.node.cpu()[rows]
-        out[rows] = hand[slot[prompt] * states + node - prompt * states]
+        place = leaf[rows] * nodes[root[rows]] // width  # of the state among those of its root
+        out[rows] = hand[(nodes.cumsum(0) - nodes)[root[rows]] + place]
     return out
+
+
+def _hands(count: int, updates: int, key: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(stable_seed(key, step))
+    return torch.randperm(count, generator=generator) % updates
 
 
 def learning_rate_factor(update: int, updates: int, schedule: str, warmup: int, floor: float) -> float:

@@ -21,6 +21,7 @@ __all__ = [
     "Strategy",
     "all_steps",
     "branch_at",
+    "compress_tail",
     "deterministic",
     "random_subset",
     "random_window",
@@ -51,15 +52,22 @@ class Plan:
     """[T] children of every node alive at that step, each with its own noise; 1 = no branching."""
     solver: Solver = "euler"
     """Solver of the ODE steps."""
+    noise: tuple[float, ...] = ()
+    """[T] factor on eta in each step; () = 1 everywhere. It is part of the kernel, hence of the log-prob."""
+    strides: tuple[int, ...] = (1,)
+    """The ODE steps behind the last stochastic one are walked once for each stride, as samples of their own."""
 
     def __post_init__(self) -> None:
         """Normalise to tuples and refuse plans that cannot be walked (ValueError)."""
         object.__setattr__(self, "times", tuple(_floats(self.times)))
         object.__setattr__(self, "stochastic", tuple(bool(s) for s in self.stochastic))
         object.__setattr__(self, "fanout", tuple(int(k) for k in self.fanout))
+        object.__setattr__(self, "noise", tuple(float(f) for f in self.noise) or (1.0,) * len(self.stochastic))
+        object.__setattr__(self, "strides", tuple(int(stride) for stride in self.strides))
         _check_times(self.times)
         _check_lengths(self)
         _check_branches(self)
+        _check_strides(self)
         if self.solver not in SOLVERS:
             raise ValueError(f"unknown ODE solver {self.solver!r}; choose one of {', '.join(SOLVERS)}.")
 
@@ -81,7 +89,20 @@ class Plan:
     @property
     def leaves_per_root(self) -> int:
         """Samples that grow from one initial noise."""
-        return math.prod(self.fanout)
+        return math.prod(self.fanout) * len(self.strides)
+
+    @property
+    def head(self) -> int:
+        """Steps up to and with the last stochastic one; 0 where all follow the ODE."""
+        return self.stochastic_steps[-1] + 1 if any(self.stochastic) else 0
+
+    @property
+    def tails(self) -> tuple[tuple[float, ...], ...]:
+        """The times behind the head, one list for each stride: every stride-th time, and always 0 at the end."""
+        last = self.num_steps
+        return tuple(
+            tuple(self.times[place] for place in (*range(self.head, last, stride), last)) for stride in self.strides
+        )
 
     def grid(self, device: torch.device | str = "cpu") -> Tensor:
         """The times as [T+1] float32."""
@@ -93,7 +114,9 @@ class Plan:
 
     def calls(self, num_roots: int = 1) -> int:
         """Velocity evaluations (samples through the network) of a rollout; children share their parent's call."""
-        return num_roots * sum(self.nodes(step) * self._calls_at(step) for step in range(self.num_steps))
+        head = sum(self.nodes(step) * self._calls_at(step, self.times[step + 1]) for step in range(self.head))
+        tails = sum(self._calls_at(self.head, then) for tail in self.tails for then in tail[1:])
+        return num_roots * (head + self.nodes(self.head) * tails)
 
     def num_edges(self, num_roots: int = 1) -> int:
         """Stored edges of a rollout: one for every child of a stochastic step."""
@@ -113,9 +136,17 @@ class Plan:
         """The same plan with another solver for its ODE steps."""
         return replace(self, solver=solver)
 
-    def _calls_at(self, step: int) -> int:
+    def with_noise(self, noise: Mapping[int, float]) -> "Plan":
+        """The same plan with these factors on eta: ``plan.with_noise({3: 4.0})``."""
+        return replace(self, noise=tuple(noise.get(step, old) for step, old in enumerate(self.noise)))
+
+    def with_strides(self, strides: Sequence[int]) -> "Plan":
+        """The same plan with several tails: ``(1, 2)`` ends every node twice, in all and in half of the steps left."""
+        return replace(self, strides=tuple(strides))
+
+    def _calls_at(self, step: int, then: float) -> int:
         # Heun falls back to Euler where it would have to ask the network at t = 0.
-        second = self.solver == "heun" and not self.stochastic[step] and self.times[step + 1] > 0
+        second = self.solver == "heun" and not (step < self.num_steps and self.stochastic[step]) and then > 0
         return 2 if second else 1
 
 
@@ -230,6 +261,34 @@ def sliding_window(
     return window(times, start, width, solver=solver)
 
 
+def compress_tail(times: Times, step: int, share: float) -> tuple[float, ...]:
+    """The grid with fewer points behind ``step``: MixGRPO-Flash's (arXiv:2507.21802), where step is the window's last.
+
+    Of T steps, the times up to ``step`` stay; behind them come n = int((T - step) share) points from the next time to
+    0, equally spaced in the grid's own index. A rollout then takes step + n instead of T evaluations.
+    Note: the public code takes n = 1 near the clean end and then never reaches 0; here n is at least 2 (but at most
+    what the grid had).
+    """
+    grid = _floats(times)
+    left = len(grid) - 1 - step
+    if not 0 < share <= 1 or not 0 <= step < len(grid) - 1:
+        raise ValueError(
+            f"cannot compress the steps behind step {step} of {len(grid) - 1} to a share of {share:g}; "
+            "the share lies in (0, 1], and the step must exist."
+        )
+    points = min(max(int(left * share + 1e-9), 2), left)
+    places = (
+        torch.linspace(step + 1, len(grid) - 1, points, dtype=torch.float64).tolist() if points > 1 else [left + step]
+    )
+    return (*grid[: step + 1], *(_between(grid, place) for place in places))
+
+
+def _between(grid: list[float], place: float) -> float:
+    """The grid's time at a fractional index."""
+    low = min(int(place), len(grid) - 2)
+    return grid[low] + (place - low) * (grid[low + 1] - grid[low])
+
+
 def window_start(
     iteration: int,
     *,
@@ -328,10 +387,23 @@ def _check_times(times: tuple[float, ...]) -> None:
 
 def _check_lengths(plan: Plan) -> None:
     num_steps = len(plan.times) - 1
-    if len(plan.stochastic) != num_steps or len(plan.fanout) != num_steps:
+    if not len(plan.stochastic) == len(plan.fanout) == len(plan.noise) == num_steps:
         raise ValueError(
-            f"{len(plan.times)} times make {num_steps} steps, but stochastic has {len(plan.stochastic)} entries and "
-            f"fanout {len(plan.fanout)}; give one entry per step."
+            f"{len(plan.times)} times make {num_steps} steps, but stochastic has {len(plan.stochastic)} entries, "
+            f"fanout {len(plan.fanout)} and noise {len(plan.noise)}; give one entry per step."
+        )
+
+
+def _check_strides(plan: Plan) -> None:
+    left = plan.num_steps - plan.head
+    if not plan.strides or min(plan.strides) < 1 or len(set(plan.strides)) < len(plan.strides):
+        raise ValueError(f"strides={plan.strides}: give different whole numbers of at least 1, such as (1, 2).")
+    if plan.strides != (1,) and not plan.head:
+        raise ValueError(f"strides={plan.strides} without a stochastic step would walk the same ODE several times.")
+    if len(set(plan.tails)) < len(plan.tails):
+        raise ValueError(
+            f"strides={plan.strides} make equal tails of the {left} steps behind the last stochastic one, and so "
+            f"equal samples; leave out strides above {max(left, 1)}, or put the stochastic step earlier."
         )
 
 

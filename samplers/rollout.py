@@ -3,7 +3,9 @@
 Shapes: R roots, N nodes alive at a step, E stored edges, B leaves, *L latent dims.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -33,10 +35,11 @@ class _Nodes(NamedTuple):
     root: Tensor
     member: Tensor
     x0_before: Tensor | None
+    t_before: float = math.nan
 
     def take(self, index: Tensor) -> "_Nodes":
         before = None if self.x0_before is None else self.x0_before[index]
-        return _Nodes(self.x[index], self.root[index], self.member[index], before)
+        return _Nodes(self.x[index], self.root[index], self.member[index], before, self.t_before)
 
 
 class _Edges(NamedTuple):
@@ -44,9 +47,11 @@ class _Edges(NamedTuple):
 
     x: Tensor
     x_next: Tensor
+    mean: Tensor
     step: Tensor
-    node: Tensor
+    state: Tensor
     root: Tensor
+    eta: Tensor
     logprob: Tensor
     first: Tensor
     end: Tensor
@@ -68,12 +73,16 @@ def rollout(
     prune: Prune | None = None,
     micro_batch: int | None = None,
     store: torch.device | str | None = None,
+    keep_mean: bool = False,
+    stored_velocity: Velocity | None = None,
 ) -> Trajectory:
     """Walk R roots ``x_init`` [R, *L] along a plan and return the edge table.
 
     The nodes of one depth go through ``velocity`` together (in slices of ``micro_batch``). ``prompt`` and ``group`` are
-    int [R]. ``eta`` is one number or one per step. ``noise(root, member, step)`` gives each child its own key, so the
-    result depends neither on batching nor on the order of the roots. ``store`` is the device of the returned table.
+    int [R]. ``eta`` is one number or one per step, times the plan's ``noise``. ``noise(root, member, step)`` gives each
+    child its own key, so the result depends neither on batching nor on the order of the roots. ``store`` is the device
+    of the returned table; ``keep_mean`` adds the means of the stochastic steps to it. ``stored_velocity`` is asked
+    instead of ``velocity`` at the states that are stored, in the order of their numbers (a caller may keep its graph).
 
     States and log-probs are fp32. A state is rounded to ``storage_dtype`` before a stochastic step uses it and before
     the log-prob of having reached it is taken, so recomputing from the table gives a ratio of 1. ODE steps are neither
@@ -86,32 +95,50 @@ def rollout(
         )
     if plan.num_stochastic and (kernel is None or noise is None):
         raise ValueError("this plan has stochastic steps, which need a kernel (say flow_sde) and a noise source.")
-    evaluate = _Counted(velocity, prompt.to(x_init.device), micro_batch)
-    times = plan.grid(x_init.device)
+    where = prompt.to(x_init.device)
+    evaluate = _Counted(velocity, where, micro_batch)
+    evaluate_stored = _Counted(stored_velocity or velocity, where, micro_batch)
+    times = plan.grid().tolist()  # rounded to fp32, as the edges store them
     roots = torch.arange(len(x_init), device=x_init.device)
     nodes = _Nodes(x_init.float(), roots, torch.zeros_like(roots), None)
-    edges = [_no_edges(x_init, storage_dtype, store)]
-    for step in range(plan.num_steps):
-        if plan.stochastic[step]:
+    edges = [_no_edges(x_init, storage_dtype, store, keep_mean)]
+
+    def advance(nodes: _Nodes, step: int, now: float, then: float) -> _Nodes:
+        """One step of all nodes; a stochastic one adds its edges to the table."""
+        stochastic = step < plan.head and plan.stochastic[step]
+        if stochastic:
             nodes = nodes._replace(x=nodes.x.to(storage_dtype).float())
-        t, t_next = times[step].expand(len(nodes.x)), times[step + 1].expand(len(nodes.x))
-        v = evaluate(nodes.x, t, nodes.root)
+        t, t_next = (torch.full((len(nodes.x),), value, device=nodes.x.device) for value in (now, then))
+        first = evaluate_stored.calls
+        v = (evaluate_stored if stochastic else evaluate)(nodes.x, t, nodes.root)
+        state = first + torch.arange(len(nodes.x), device=nodes.x.device)
         x0 = denoised(nodes.x, v, t)
         keep = prune(step, x0, nodes.root, nodes.member) if prune is not None else None
         if keep is not None:
             _check_survivors(keep, step)
-            nodes, v, x0, t, t_next = nodes.take(keep), v[keep], x0[keep], t[keep], t_next[keep]
-        if plan.stochastic[step]:
+            nodes, v, x0, t, t_next, state = nodes.take(keep), v[keep], x0[keep], t[keep], t_next[keep], state[keep]
+        if stochastic:
             assert kernel is not None and noise is not None
             transition = kernel(nodes.x, v, t, t_next, etas[step])
-            nodes, new = _branch(nodes, transition, plan, step, noise, storage_dtype, reduction)
-            edges.append(_stored(new, storage_dtype, store))
+            nodes, new = _branch(nodes, transition, state, etas[step], plan, step, noise, storage_dtype, reduction)
+            edges.append(_stored(new, storage_dtype, store, keep_mean))
             x0 = x0.repeat_interleave(plan.fanout[step], 0)
         else:
-            nodes = nodes._replace(x=_ode_step(plan, step, nodes, v, t, t_next, times, evaluate))
+            nodes = nodes._replace(x=_ode_step(plan, nodes, v, t, t_next, evaluate))
         # Only the multistep solver looks back; no other plan pays for a second latent per node.
-        nodes = nodes._replace(x0_before=x0 if plan.solver == "dpmpp_2m" else None)
-    return _table(edges, nodes, plan, prompt, group, evaluate.calls, store)
+        return nodes._replace(x0_before=x0 if plan.solver == "dpmpp_2m" else None, t_before=now)
+
+    for step in range(plan.head):
+        nodes = advance(nodes, step, times[step], times[step + 1])
+    ends = []
+    for number, tail in enumerate(plan.tails):
+        end = nodes._replace(member=nodes.member + number)
+        grid = torch.tensor(tail).tolist()
+        for step, (now, then) in enumerate(pairwise(grid), start=plan.head):
+            end = advance(end, step, now, then)
+        ends.append(end)
+    calls = evaluate.calls + evaluate_stored.calls
+    return _table(edges, _together(ends, plan), plan, prompt, group, calls, store, keep_mean)
 
 
 class _Counted:
@@ -133,6 +160,8 @@ class _Counted:
 def _branch(
     parents: _Nodes,
     transition: Transition,
+    state: Tensor,
+    eta: float,
     plan: Plan,
     step: int,
     noise: Noise,
@@ -152,33 +181,44 @@ def _branch(
     x_next = (transition.mean + transition.std * z).to(storage_dtype).float()
     logprob = gaussian_logprob(x_next, transition, reduction)
     first = children.root * plan.leaves_per_root + member
-    node = children.root * plan.nodes(step) + children.member // (span * fanout)
-    edges = _Edges(children.x, x_next, torch.full_like(first, step), node, children.root, logprob, first, first + span)
+    edges = _Edges(
+        x=children.x, x_next=x_next, mean=transition.mean, step=torch.full_like(first, step), state=state[index],
+        root=children.root, eta=torch.full_like(logprob, eta), logprob=logprob, first=first, end=first + span,
+    )  # fmt: skip
     return children._replace(x=x_next, member=member), edges
 
 
-def _no_edges(x: Tensor, dtype: torch.dtype, device: torch.device | str | None) -> _Edges:
+def _together(ends: list[_Nodes], plan: Plan) -> _Nodes:
+    """The finished samples of all tails, in the order of root and member."""
+    if len(ends) == 1:
+        return ends[0]
+    x, root, member = (torch.cat([getattr(end, name) for end in ends]) for name in ("x", "root", "member"))
+    order = (root * plan.leaves_per_root + member).argsort()
+    return _Nodes(x[order], root[order], member[order], None)
+
+
+def _no_edges(x: Tensor, dtype: torch.dtype, device: torch.device | str | None, keep_mean: bool) -> _Edges:
     """A table without rows, so that a plan without stochastic steps needs no case of its own."""
     none, index = x[:0], torch.zeros(0, dtype=torch.long, device=x.device)
-    logprob = torch.zeros(0, device=x.device)
-    return _stored(_Edges(none, none, index, index, index, logprob, index, index), dtype, device)
+    number = torch.zeros(0, device=x.device)
+    edges = _Edges(none, none, none.float(), index, index, index, number, number, index, index)
+    return _stored(edges, dtype, device, keep_mean)
 
 
-def _ode_step(
-    plan: Plan, step: int, nodes: _Nodes, v: Tensor, t: Tensor, t_next: Tensor, times: Tensor, evaluate: _Counted
-) -> Tensor:
-    if plan.solver == "heun" and plan.times[step + 1] > 0:
+def _ode_step(plan: Plan, nodes: _Nodes, v: Tensor, t: Tensor, t_next: Tensor, evaluate: _Counted) -> Tensor:
+    if plan.solver == "heun" and bool((t_next > 0).all()):
         return heun(nodes.x, v, t, t_next, lambda x: evaluate(x, t_next, nodes.root))
     if plan.solver == "dpmpp_2m":
-        before = None if nodes.x0_before is None else (nodes.x0_before, times[step - 1].expand_as(t))
+        before = None if nodes.x0_before is None else (nodes.x0_before, torch.full_like(t, nodes.t_before))
         return dpmpp_2m(nodes.x, v, t, t_next, before)
     return euler(nodes.x, v, t, t_next)
 
 
-def _stored(edges: _Edges, dtype: torch.dtype, device: torch.device | str | None) -> _Edges:
+def _stored(edges: _Edges, dtype: torch.dtype, device: torch.device | str | None, keep_mean: bool) -> _Edges:
     """Move the latents away at once when a store is given, so that the walk holds one depth only."""
     x, x_next = (value.to(device or value.device, dtype) for value in (edges.x, edges.x_next))
-    return edges._replace(x=x, x_next=x_next)
+    mean = edges.mean.to(device or edges.mean.device) if keep_mean else edges.mean[:0]
+    return edges._replace(x=x, x_next=x_next, mean=mean)
 
 
 def _check_survivors(keep: Tensor, step: int) -> None:
@@ -191,13 +231,13 @@ def _per_step(eta: float | Sequence[float] | Tensor, plan: Plan) -> list[float]:
     etas: list[float] = values * plan.num_steps if len(values) == 1 else values
     if len(etas) != plan.num_steps:
         raise ValueError(f"eta has {len(etas)} entries for {plan.num_steps} steps; give one number or one per step.")
-    silent = [step for step in plan.stochastic_steps if not etas[step] > 0]
+    silent = [step for step in plan.stochastic_steps if not etas[step] * plan.noise[step] > 0]
     if silent:
         raise ValueError(
             f"eta is not positive at the stochastic steps {silent}: they would add no noise and have no log-prob. "
             "Raise eta, or make these steps ODE steps in the plan."
         )
-    return etas
+    return [value * factor for value, factor in zip(etas, plan.noise, strict=True)]
 
 
 def _table(
@@ -208,6 +248,7 @@ def _table(
     group: Tensor,
     calls: int,
     store: torch.device | str | None,
+    keep_mean: bool,
 ) -> Trajectory:
     """Join the steps into one table and drop the edges whose every leaf was pruned on the way."""
     device = nodes.x.device
@@ -221,13 +262,15 @@ def _table(
         t=times[joined.step],
         t_next=times[joined.step + 1],
         step=joined.step,
-        node=joined.node,
+        state=joined.state,
         prompt=prompt[joined.root],
+        eta=joined.eta,
         logprob=joined.logprob,
         leaves=leaves,
         x0=nodes.x,
         group=group[nodes.root],
         leaf_prompt=prompt[nodes.root],
+        mean=joined.mean if keep_mean else None,
         calls=calls,
     ).to(store or device)
     return table if bool(table.leaves.any(1).all()) else table.select(table.leaves.any(1))

@@ -32,10 +32,13 @@ class Trajectory:
     """[E] fp32 time after it."""
     step: Tensor
     """[E] int64 index of the step in the plan."""
-    node: Tensor
-    """[E] int64 number of the state ``x`` within its step: siblings have the same one, and need one evaluation."""
+    state: Tensor
+    """[E] int64 number of the state ``x``: siblings have the same one, and need one evaluation. States are numbered in
+    the order in which the rollout evaluated them."""
     prompt: Tensor
     """[E] int64 prompt index, as given to ``rollout``."""
+    eta: Tensor
+    """[E] fp32 eta that the kernel was given."""
     logprob: Tensor
     """[E] fp32 log-prob under the policy that made the rollout."""
     leaves: Tensor
@@ -46,6 +49,8 @@ class Trajectory:
     """[B] int64 group in which a sample's reward is compared."""
     leaf_prompt: Tensor
     """[B] int64 prompt index of each finished sample."""
+    mean: Tensor | None = None
+    """[E, *L] fp32 mean of the step under the policy that made the rollout, where it was asked for."""
     calls: int = 0
     """Velocity evaluations (samples through the network) that the rollout cost."""
 
@@ -60,12 +65,16 @@ class Trajectory:
 
     def select(self, edges: Tensor) -> "Trajectory":
         """Keep the edges of a bool mask [E] or an index [M] (which may reorder); the leaves stay."""
-        return replace(self, **{name: getattr(self, name)[edges] for name in _EDGE_FIELDS})
+        return replace(self, **{name: getattr(self, name)[edges] for name in self._edge_fields})
 
     def keep_leaves(self, mask: Tensor) -> "Trajectory":
         """Prune: keep the leaves of a bool mask [B] and drop the edges that lead to none of them."""
         kept = replace(self, leaves=self.leaves[:, mask], **{name: getattr(self, name)[mask] for name in _LEAF_FIELDS})
         return kept.select(kept.leaves.any(1))
+
+    def reorder_leaves(self, order: Tensor) -> "Trajectory":
+        """The same samples in another order [B]."""
+        return replace(self, leaves=self.leaves[:, order], **{n: getattr(self, n)[order] for n in _LEAF_FIELDS})
 
     def minibatches(
         self, *, size: int | None = None, count: int | None = None, generator: torch.Generator | None = None
@@ -76,27 +85,31 @@ class Trajectory:
 
     def to(self, device: torch.device | str) -> "Trajectory":
         """The same table on another device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in (*_EDGE_FIELDS, *_LEAF_FIELDS)})
+        return replace(self, **{name: getattr(self, name).to(device) for name in (*self._edge_fields, *_LEAF_FIELDS)})
+
+    @property
+    def _edge_fields(self) -> tuple[str, ...]:
+        return _EDGE_FIELDS if self.mean is None else (*_EDGE_FIELDS, "mean")
 
     @staticmethod
     def cat(parts: Sequence["Trajectory"]) -> "Trajectory":
         """Put rollouts under each other; leaves become block-diagonal, prompt and group numbers stay as they are."""
-        names = [name for name in (*_EDGE_FIELDS, *_LEAF_FIELDS) if name != "leaves"]
+        names = [name for name in (*parts[0]._edge_fields, *_LEAF_FIELDS) if name != "leaves"]
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
         leaves = torch.zeros(
             len(joined["logprob"]), len(joined["x0"]), dtype=torch.bool, device=joined["logprob"].device
         )
-        edge = leaf = node = 0
+        edge = leaf = state = 0
         for part in parts:
             leaves[edge : edge + len(part), leaf : leaf + part.num_leaves] = part.leaves
-            joined["node"][edge : edge + len(part)] += node
-            node += int(part.node.max()) + 1 if len(part) else 0
+            joined["state"][edge : edge + len(part)] += state
+            state += int(part.state.max()) + 1 if len(part) else 0
             edge, leaf = edge + len(part), leaf + part.num_leaves
         return Trajectory(leaves=leaves, calls=sum(part.calls for part in parts), **joined)
 
 
 _LEAF_FIELDS = ("x0", "group", "leaf_prompt")
-_EDGE_FIELDS = tuple(f.name for f in fields(Trajectory) if f.name not in (*_LEAF_FIELDS, "calls"))
+_EDGE_FIELDS = tuple(f.name for f in fields(Trajectory) if f.name not in (*_LEAF_FIELDS, "mean", "calls"))
 
 
 def minibatch_indices(

@@ -40,7 +40,7 @@ def tree(model: str | Path, folder: str | Path, changes: Mapping[str, Any] | Non
             "samples_per_prompt": SAMPLES,
             "evaluation": {"num_samples": 4, "num_steps": 3, "grid_prompts": 2},
         },
-        "optimizer": {"lr": 1e-3, "ema_decay": 0.9},
+        "optimizer": {"lr": 1e-3, "ema_decay": 0.9, "update": "recompute"},
         "engine": {"name": "local", "device": "cpu"},
     }
     for key, value in (changes or {}).items():

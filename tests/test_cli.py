@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,41 @@ def test_samples_from_a_model_and_from_a_run(trained, tiny_model, command, tmp_p
     )
     steps = draw("steps.png", "--from", trained["full"], "--num-steps", 2)
     assert steps != run
+
+
+@both_kinds
+def test_the_base_model_may_take_the_last_steps(trained, tiny_model, command, tmp_path, monkeypatch, kind):
+    """Weights draw by their own settings: 5 steps, guidance 2, 16 x 32. The copied base model has the same ones."""
+    from flowrl import standalone
+
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    shutil.copy(trained[kind] / "weights" / "inference.json", base)
+    copies, make = [], standalone.Policy
+    monkeypatch.setattr(standalone, "Policy", lambda *a, **k: copies.append(k["reference"]) or make(*a, **k))
+
+    def draw(*arguments):
+        path = tmp_path / "grid.png"
+        code, _, err = command("sample", "a cat", "a dog", "--output", path, "--count", 2, *arguments)
+        assert code == 0, err
+        return Image.open(path).tobytes()
+
+    def shared(share):
+        return draw("--from", trained[kind], "--tuned-share", share)
+
+    tuned, untrained = draw("--from", trained[kind]), draw("--model", base)
+    assert shared(1) == tuned != untrained == shared(0)
+    assert shared(0.6) == shared(0.55) not in (tuned, untrained, shared(0.4))  # 3, 2.75 and 2 of 5 steps
+    assert shared(0.95) == tuned  # 4.75 of 5 steps
+    full = kind == "full"  # only these weights need a second copy, and only where the base model has a step to take
+    assert copies == [False, False, False, full, full, full, full, False]
+
+
+def test_sharing_the_steps_needs_tuned_weights_and_a_share(tiny_model, command, tmp_path):
+    code, _, err = command("sample", "a cat", "--model", tiny_model, "--tuned-share", 0.6)
+    assert code == 2 and "--tuned-share 0.6" in err and "add --from RUN" in err and "Traceback" not in err
+    for share in (-0.1, 1.1):
+        code, _, err = command("sample", "a cat", "--from", tmp_path, "--tuned-share", share)
+        assert code == 2 and "Invalid value for '--tuned-share'" in err
 
 
 @both_kinds

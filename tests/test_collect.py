@@ -7,7 +7,9 @@ import torch
 
 from flowrl.collect import Conditions, Geometry, _whole_groups, decode, decode_and_submit, roll_out, sample, samples_of
 from flowrl.types import Prompt
+from samplers import noise_source
 from tests import runs
+from tests.models.tiny import euler
 
 K = runs.SAMPLES
 PROMPTS = [Prompt(id=10 + i, text=text, metadata={"n": i}) for i, text in enumerate(runs.PROMPTS)]
@@ -31,7 +33,7 @@ def algorithm(**changes):
 def collect(policy, method, prompts=PROMPTS, slots=None, geometry=GEOMETRY, iteration=0, seed=0):
     plan = method.plan(policy.model.times(method.num_steps, 32, 32), iteration, K, seed)
     return roll_out(
-        policy, method, plan, prompts, slots or list(range(len(prompts))), Conditions(encode=policy.encode), geometry,
+        policy, method, [plan], prompts, slots or list(range(len(prompts))), Conditions(encode=policy.encode), geometry,
         samples_per_prompt=K, iteration=iteration, seed=seed,
     )  # fmt: skip
 
@@ -161,6 +163,85 @@ def test_evaluation_samples_are_counted_apart(policy):
     sample(policy, PROMPTS, range(3), Conditions(encode=policy.encode), GEOMETRY, num_steps=3, seed=0)
     changed = {role: n - before.get(role, 0) for role, n in policy.calls.items() if n != before.get(role, 0)}
     assert changed == {"eval": 9}
+
+
+@pytest.fixture(scope="module")
+def exports(tiny_model, tmp_path_factory):
+    """{kind: folder} of exported weights far from the base model's."""
+    from flowrl.models import load
+    from flowrl.policy import Policy
+
+    folders = {}
+    for kind, lora in (("lora", runs.LORA), ("full", None)):
+        tuned = Policy(load(tiny_model), lora=lora)
+        generator = torch.Generator().manual_seed(0)
+        for p in tuned.trainable_parameters():
+            p.data += 0.1 * torch.randn(p.shape, generator=generator)
+        folders[kind] = tuned.export(tmp_path_factory.mktemp("exports") / kind)
+    return folders
+
+
+both_kinds = pytest.mark.parametrize("kind", ["lora", "full"])
+
+
+@both_kinds
+def test_the_base_model_takes_the_steps_after_the_tuned_ones(tiny_model, exports, kind):
+    """Against two models side by side, the tuned one read by diffusers, and the ODE written out; guidance doubles."""
+    from diffusers import SD3Transformer2DModel
+
+    from flowrl.models import load
+    from flowrl.policy import Policy, load_weights
+
+    def mixed(steps, **options):
+        return sample(
+            policy, PROMPTS, range(3), Conditions(encode=policy.encode), GEOMETRY, num_steps=10, seed=4,
+            tuned_steps=steps, **options,
+        )  # fmt: skip
+
+    policy = Policy(load(tiny_model), frozen=True, guidance=2.0, reference=kind == "full")
+    load_weights(policy, exports[kind])
+    base, tuned = load(tiny_model), load(tiny_model)
+    if kind == "lora":
+        tuned.pipe.load_lora_weights(exports[kind])
+    else:
+        tuned.trainable = SD3Transformer2DModel.from_pretrained(exports[kind] / "transformer")
+    index = torch.arange(3)
+    noise = noise_source(base.noise_shape(32, 32), seed=4, iteration=-1, prompt=index)(index, index * 0, -1)
+    times, cond = base.times(10, 32, 32), base.encode(runs.PROMPTS)
+
+    found = {}
+    for steps in (0, 5, 6, 7, 10):
+        before = policy.calls.total()
+        found[steps] = mixed(steps)
+        assert policy.calls.total() - before == 2 * 10 * 3 and set(policy.calls) == {"eval"}
+        x = euler(lambda x, t, c: tuned.velocity(x, t, c, 2.0), noise, times[: steps + 1], cond)
+        x = euler(lambda x, t, c: base.velocity(x, t, c, 2.0), x, times[steps:], cond)
+        with torch.no_grad():
+            expected = base.decode(x).clamp(0, 1)
+        torch.testing.assert_close(found[steps], expected, rtol=0, atol=1e-5)
+    for a, b in ((0, 5), (5, 6), (6, 7), (7, 10)):
+        assert (found[a] - found[b]).abs().max() > 1e-3
+    assert torch.equal(mixed(None), found[10])
+    torch.testing.assert_close(mixed(6, batch=2), found[6], rtol=0, atol=1e-5)
+    assert not any(p.requires_grad for p in policy.model.trainable.parameters())
+
+
+def test_a_handover_that_cannot_be_is_refused(policy, tiny_model, exports):
+    from flowrl.models import ModelError, load
+    from flowrl.policy import Policy, load_weights
+
+    def draw(policy, steps):
+        conditions = Conditions(encode=policy.encode)
+        sample(policy, PROMPTS, range(3), conditions, GEOMETRY, num_steps=3, seed=0, tuned_steps=steps)
+
+    for steps in (-1, 4):
+        with pytest.raises(ValueError, match=f"tuned_steps is {steps}, of 3 steps: choose from 0 to 3"):
+            draw(policy, steps)
+    overwritten = Policy(load(tiny_model), frozen=True)
+    load_weights(overwritten, exports["full"])
+    draw(overwritten, 3)
+    with pytest.raises(ModelError, match="reference=True"):
+        draw(overwritten, 2)
 
 
 def test_decoding_in_portions_gives_the_same_pictures(policy):

@@ -240,7 +240,7 @@ MESSAGES = [
         "algorithm: {name: mix_gpro}",
         ["algorithm.name: 'mix_gpro' is not known", "did you mean 'mix_grpo'", "./file.py"],
     ),
-    ("algorithm: {name: advantages}", ["algorithm.name: 'advantages' is no algorithm", "Hyperparameters"]),
+    ("algorithm: {name: kl}", ["algorithm.name: 'kl' is no algorithm", "Hyperparameters"]),
     ("algorithm: {name: ''}", ["algorithm.name", "at least 1 character"]),
     ("algorithm: {window: 10}", ["algorithm: a window of 10 steps does not fit", "choose window <= 9"]),
     ("model: {lora: {rnk: 4}}", ["model.lora.rnk: unknown key; did you mean 'model.lora.rank'?"]),
@@ -319,8 +319,11 @@ def test_what_a_custom_algorithm_refuses_is_said_with_its_key(folder):
             power: float = Field(default=1.0, gt=0, description="How strong.")
 
             def plan(self, times, iteration, samples_per_prompt, seed):
+                from samplers import all_steps
+
                 if iteration > 10:
                     raise ValueError("no steps are left")
+                return all_steps(times)
 
             def credit(self, batch): ...
 

@@ -52,7 +52,7 @@ def test_the_counted_calls_are_those_of_the_formula(trainer, case, guidance):
     starts = set()
     for iteration in (0, 1):
         plan = run.algorithm.plan(times, iteration, K, run.config.seed)
-        expected = cost(run.algorithm, plan, prompts=P, samples_per_prompt=K, guided=guidance > 1, updates=1)
+        expected = cost(run.algorithm, [plan], prompts=P, samples_per_prompt=K, guided=guidance > 1, updates=1)
         row = run.step(iteration)
         counted = tuple(row[f"calls/{role}"] for role in ("rollout", "train", "reference"))
         assert counted == (expected.rollout, expected.train, expected.reference)
@@ -89,7 +89,7 @@ def test_samples_without_a_verdict_are_not_trained_on(trainer, tmp_path):
 def test_a_tree_counts_its_states_and_edges():
     """Steps 0 and 1 split in 2: states 1 and 2, edges 2 and 4; step 2 is stochastic on 4; the last follows the ODE."""
     plan = branch_at(torch.linspace(1, 0, 5), (0, 1), 2)
-    c = cost(FlowGRPO(kl_coef=0.1), plan, prompts=3, samples_per_prompt=8, guided=True, updates=2)
+    c = cost(FlowGRPO(kl_coef=0.1), [plan], prompts=3, samples_per_prompt=8, guided=True, updates=2)
     roots = 3 * 2
     assert (c.samples, c.roots, c.edges, c.states) == (24, roots, roots * (2 + 4 + 4), roots * (1 + 2 + 4))
     assert c.rollout == 2 * roots * (1 + 2 + 4 + 4)
@@ -101,7 +101,7 @@ def test_the_plan_of_a_run_tells_people_its_numbers(make_config):
     algorithm = config.algorithm.build()
     assert isinstance(algorithm, MixGRPO)
     plan = algorithm.plan(torch.linspace(1, 0, T + 1), 0, K, 0)
-    told = dict(describe(config, algorithm, plan, trainable=1234, world=2))
+    told = dict(describe(config, algorithm, [plan], trainable=1234, world=2))
     rollout, train, reference = formula(config.algorithm.model_dump(), 2, 0)
     assert told["denoiser calls"].startswith(f"{rollout} rollout + {train} train + {reference} reference")
     assert told["samples"].startswith("3 prompts x 4 = 12 an iteration, 3 starts")

@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from itertools import permutations
 
 import pytest
+import torch
 
 from flowrl.data import DataError, PromptSampler, fingerprint, load_prompts, shard
 from flowrl.types import Prompt
@@ -199,6 +201,115 @@ def test_impossible_samplers():
         PromptSampler([], 2)
     with pytest.raises(DataError, match="prompts_per_iteration=0"):
         PromptSampler(prompts(2), 0)
+
+
+# ------------------------------------------------------------------------------------------------ weighted sampling
+
+
+def chances(weights, draws):
+    """Chance of each prompt to be among the first draws without replacement, by going through every order."""
+    found = [0.0] * len(weights)
+    for order in permutations(range(len(weights)), draws):
+        chance, left = 1.0, sum(weights)
+        for index in order:
+            chance *= weights[index] / left
+            left -= weights[index]
+        for index in order:
+            found[index] += chance
+    return found
+
+
+@pytest.mark.parametrize("draws", [1, 2, 3])
+def test_weighted_draws_have_the_chances_of_drawing_without_replacement(draws):
+    weights, iterations = [5.0, 1.0, 0.0, 3.0, 0.25], 4000
+    sampler = PromptSampler(prompts(5), draws, seed=2)
+    drawn = Counter(p.id for i in range(iterations) for p in sampler(i, torch.tensor(weights)))
+    for index, chance in enumerate(chances(weights, draws)):
+        deviation = (chance * (1 - chance) / iterations) ** 0.5
+        assert abs(drawn[index] / iterations - chance) <= 4 * deviation
+    assert drawn[2] == 0
+
+
+def test_the_first_of_a_weighted_draw_has_the_chance_of_its_weight():
+    """The order counts too: it decides which process gets a prompt."""
+    sampler, weights = PromptSampler(prompts(3), 3, seed=5), torch.tensor([1.0, 2.0, 7.0])
+    firsts = Counter(sampler(i, weights)[0].id for i in range(4000))
+    assert all(abs(firsts[i] / 4000 - weights[i] / 10) < 0.03 for i in range(3))
+
+
+def test_a_weighted_draw_is_a_function_of_seed_iteration_and_weights_alone():
+    weights = torch.linspace(0.1, 3, 50)
+    first = PromptSampler(prompts(50), 8, seed=1)
+    order = [7, 0, 3, 7, 100, 0]
+    drawn = [first(i, weights) for i in order]
+    assert drawn == [PromptSampler(prompts(50), 8, seed=1)(i, weights) for i in order]
+    assert drawn == [first(i, 2**9 * weights.double()) for i in order]  # only ratios count
+    assert first(0, weights) != PromptSampler(prompts(50), 8, seed=2)(0, weights)
+    assert first(0, weights) != first(1, weights)
+    assert first(0, weights) != first(0, weights.flip(0))
+
+
+@pytest.mark.parametrize("exponent", [-300, -12, 12, 300])
+def test_weights_of_any_size_can_be_compared(exponent):
+    sampler, ones = PromptSampler(prompts(20), 5), torch.ones(20, dtype=torch.float64)
+    assert [sampler(i, ones * 10.0**exponent) for i in range(20)] == [sampler(i, ones) for i in range(20)]
+
+
+def test_a_larger_weight_only_ever_brings_a_prompt_in():
+    sampler, low = PromptSampler(prompts(12), 4), torch.ones(12)
+    high = low.where(torch.arange(12) != 6, 3.0)
+    before, after = ([{p.id for p in sampler(i, w)} for i in range(200)] for w in (low, high))
+    assert all(6 in b or b == a or (6 in a and len(b - a) == 1) for b, a in zip(before, after, strict=True))
+    assert sum(6 in a for a in after) > sum(6 in b for b in before)
+
+
+@pytest.mark.parametrize("per_iteration", [4, 6, 7])
+def test_weighted_draws_keep_the_balance(per_iteration):
+    data = prompts(40, category=["a", "a", "a", "b", "c", "a", "c", "a"])
+    weights = torch.tensor([9.0 if p.metadata["category"] == "a" else 0.5 + (p.id % 3) for p in data])
+    sampler, total = PromptSampler(data, per_iteration, seed=0, balance="category"), Counter()
+    for iteration in range(30):
+        taken = sampler(iteration, weights)
+        counts = Counter(p.metadata["category"] for p in taken)
+        total += counts
+        assert len({p.id for p in taken}) == per_iteration
+        assert max(counts.values()) - min(counts[c] for c in "abc") <= 1
+    assert max(total.values()) - min(total.values()) <= 1
+
+
+def test_within_a_category_the_weights_decide():
+    data = prompts(8, category=["a", "b"])
+    weights = torch.tensor([3.0, 5.0, 1.0, 5.0, 0.0, 5.0, 0.0, 5.0])
+    sampler = PromptSampler(data, 2, balance="category")
+    drawn = Counter(p.id for i in range(4000) for p in sampler(i, weights))
+    assert abs(drawn[0] / 4000 - 0.75) < 0.03 and drawn[0] + drawn[2] == 4000
+    assert all(abs(drawn[i] / 4000 - 0.25) < 0.03 for i in (1, 3, 5, 7))
+
+
+def test_weight_0_is_taken_where_the_others_do_not_suffice():
+    weights = torch.tensor([0.0, 1.0, 0.0, 2.0, 0.0])
+    for iteration in range(50):
+        two, four, twelve = ([p.id for p in PromptSampler(prompts(5), n)(iteration, weights)] for n in (2, 4, 12))
+        assert set(two) == {1, 3} < set(four) and len(set(four)) == 4
+        assert len(set(twelve)) == 12  # two laps of five, and of the third the two that are wanted
+        times = Counter(i % 5 for i in twelve)
+        assert [times[i] for i in range(5)] == [2, 3, 2, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("weights", "part"),
+    [
+        ([1.0, 2.0], r"weights of shape \[2\] for 3 prompts; return one for each"),
+        ([[1.0], [2.0], [3.0]], r"weights of shape \[3, 1\] for 3 prompts"),
+        ([1.0, float("nan"), 1.0], r"prompt 1 \('p1'\) has the weight nan; return finite numbers"),
+        ([1.0, 1.0, -0.5], r"prompt 2 \('p2'\) has the weight -0.5"),
+        ([float("inf"), 1.0, 1.0], r"prompt 0 \('p0'\) has the weight inf"),
+        ([0.0, 0.0, 0.0], r"every prompt has the weight 0; return at least one"),
+    ],
+)
+def test_impossible_weights(weights, part):
+    with pytest.raises(DataError, match="data.curriculum: " + part):
+        PromptSampler(prompts(3), 2)(0, torch.tensor(weights))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 12])

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from flowrl.collect import Conditions
 from flowrl.models import ModelError, load, load_pipeline
 from flowrl.policy import Lora, Policy, load_weights
 from flowrl.types import Policy as PolicyProtocol
@@ -232,6 +233,197 @@ def test_an_engine_may_wrap_the_module(make, kind):
     with policy.reference():
         assert torch.equal(velocity(policy), base)
     assert policy.model.trainable is wrapper
+
+
+# -------------------------------------------------------------------------------------------------- teachers
+
+
+@pytest.fixture
+def taught(make, tmp_path):
+    """`taught("lora", "full")`: a LoRA student of a teacher with full weights, and the teacher by itself."""
+
+    def build(kind, *teachers, **options):
+        folders, alone = [], []
+        for i, teacher in enumerate(teachers):
+            lora = {"rank": 2 + i, "alpha": 12.0, "targets": (["attn.to_q"], ["attn.to_v", "attn2.to_q"])[i % 2]}
+            policy = make(teacher, **({"lora": lora} if teacher == "lora" else {}))
+            train(policy, 2, lr=0.03 * (i + 1))
+            folders.append(str(policy.export(tmp_path / f"teacher_{i}" / "weights").parent))
+            alone.append(policy)
+        return make(kind, teachers=folders, largest_guidance=3.0, **options), folders, alone
+
+    return build
+
+
+both_teachers = pytest.mark.parametrize("teacher", KINDS)
+
+
+def guided(policy, guidance):
+    policy.guidance = guidance
+    return velocity(policy)
+
+
+@both_kinds
+@both_teachers
+def test_a_teacher_is_its_export_and_leaves_the_student_alone(taught, make, kind, teacher):
+    student, (folder,), (alone,) = taught(kind, teacher)
+    base, cond = velocity(student), make(kind, guidance=3.0).encode(PROMPTS)
+    alone.encode = lambda _: cond
+    expected = {g: guided(alone, g) for g in (1.0, 3.0)}
+    assert not torch.allclose(expected[1.0], base, atol=1e-3)
+
+    def look():
+        for guidance, target in expected.items():
+            with pytest.raises(KeyboardInterrupt), student.teacher(folder, guidance):
+                torch.testing.assert_close(velocity(student), target, rtol=0, atol=1e-5)
+                raise KeyboardInterrupt
+        with student.reference():
+            torch.testing.assert_close(velocity(student), base, rtol=0, atol=1e-6)
+
+    learning = [n for n, p in student.model.trainable.named_parameters() if p.requires_grad]
+    look()
+    assert torch.equal(velocity(student), base)
+    train(student, 2)
+    trained = velocity(student)
+    assert not torch.allclose(trained, base, atol=1e-3)
+    look()
+    assert torch.equal(velocity(student), trained) and student.guidance == 1
+    assert [n for n, p in student.model.trainable.named_parameters() if p.requires_grad] == learning
+
+
+@both_kinds
+@both_teachers
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_teacher_between_forward_and_backward_changes_no_gradient(taught, kind, teacher, checkpointing):
+    student, (folder,), _ = taught(kind, teacher, gradient_checkpointing=checkpointing)
+    train(student)
+    x, t, cond = noise(student), torch.tensor([0.9, 0.4]), student.encode(PROMPTS)
+    with torch.no_grad(), student.teacher(folder, 3.0):
+        target = student.velocity(x, t, cond)
+
+    def gradients(inside):
+        for p in student.trainable_parameters():
+            p.grad = None
+        v, v_teacher = student.velocity(x, t, cond), target
+        if inside:
+            with torch.no_grad(), student.teacher(folder, 3.0):
+                v_teacher = student.velocity(x, t, cond)
+        (v - v_teacher).square().mean().backward()
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in student.trainable_parameters()]
+
+    outside, between = gradients(False), gradients(True)
+    assert max(g.abs().max() for g in outside) > 0
+    for a, b in zip(outside, between, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@both_kinds
+def test_several_teachers_and_the_initial_weights_take_turns(taught, kind):
+    student, folders, alone = taught(kind, "lora", "lora", "full")
+    base = velocity(student)
+    for _ in range(2):
+        for folder, other in zip(folders, alone, strict=True):
+            with student.teacher(folder, 1.0):
+                torch.testing.assert_close(velocity(student), velocity(other), rtol=0, atol=1e-5)
+            with student.teacher(None, 1.0):
+                torch.testing.assert_close(velocity(student), base, rtol=0, atol=1e-6)
+        train(student)
+
+
+def test_lora_teachers_share_the_base(taught):
+    """With LoRA there is no second network, and with full weights one for all teachers and the reference."""
+    student, folders, alone = taught("lora", "lora", "lora")
+    added = sum(p.numel() for p in student.model.trainable.parameters()) - student.num_trainable
+    bare = sum(p.numel() for p in load(student.model.path).trainable.parameters())
+    assert added - bare == sum(other.num_trainable for other in alone)
+    own = student.model.trainable
+    for folder in folders:
+        with student.teacher(folder, 1.0):
+            assert student.model.trainable is own
+    full, folders, _ = taught("full", "lora", "lora", reference=False)
+    places = set()
+    for folder in (None, *folders):
+        with full.teacher(folder, 1.0):
+            places.add(id(full.model.trainable))
+    assert len(places) == 1 and id(full.model.trainable) not in places
+
+
+@both_kinds
+def test_teachers_are_neither_learnt_nor_saved_nor_exported(taught, make, kind, tmp_path):
+    student, *_ = taught(kind, "lora", "full", ema_decay=0.9)
+    plain = make(kind, ema_decay=0.9)
+    assert student.num_trainable == plain.num_trainable
+    assert student.state_dict().keys() == plain.state_dict().keys()
+    train(student, 2), train(plain, 2)
+    one, two = student.export(tmp_path / "one"), plain.export(tmp_path / "two")
+    files = [sorted(p.relative_to(f) for p in f.rglob("*") if p.is_file()) for f in (one, two)]
+    assert files[0] == files[1]
+    for name in (n for n in files[0] if n.suffix == ".safetensors"):
+        with safe_open(one / name, "pt") as a, safe_open(two / name, "pt") as b:
+            texts = [json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}")) for f in (a, b)]
+            assert texts[0] == texts[1] and sorted(a.keys()) == sorted(b.keys())
+            for key in a.keys():
+                torch.testing.assert_close(a.get_tensor(key), b.get_tensor(key), rtol=0, atol=1e-6)
+
+
+@both_kinds
+def test_only_the_teacher_pays_for_its_guidance(taught, make, kind):
+    student, (folder,), _ = taught(kind, "lora")
+    conditions = Conditions(encode=student.encode)(PROMPTS)
+    assert {"negative_prompt_embeds", "negative_pooled_prompt_embeds"} < set(conditions)
+    x, t = noise(student), torch.tensor([0.9, 0.4])
+    with torch.no_grad():
+        bare = {name: tensor for name, tensor in conditions.items() if not name.startswith("negative_")}
+        assert torch.equal(student.velocity(x, t, conditions), student.velocity(x, t, bare))
+        with student.teacher(folder, 3.0):
+            student.velocity(x, t, conditions)
+        with student.teacher(None, 1.0):
+            student.velocity(x, t, bare)
+    assert student.calls == {"train": 4, "teacher": 4 + 2}
+
+
+def test_teachers_that_are_absent_or_of_another_model_are_named(taught, make, tmp_path):
+    with pytest.raises(ModelError, match=r"weights 'nowhere': .*nowhere is no folder. Give the output_dir of a run"):
+        make(teachers=["nowhere"])
+    with pytest.raises(ModelError, match="has no exported weights"):
+        make(teachers=[str(tmp_path)])
+    student, (folder,), _ = taught("lora", "lora")
+    with (
+        pytest.raises(ModelError, match=r"teacher 'other' was not loaded \('.*teacher_0'\)"),
+        student.teacher("other", 1),
+    ):
+        pass
+    with (
+        pytest.raises(ModelError, match="guidance is 4, but conditions were encoded for 3"),
+        student.teacher(folder, 4),
+    ):
+        pass
+    with pytest.raises(ModelError, match="keep no reference"), make("full", reference=False).teacher(None, 1.0):
+        pass
+
+    for name, tensor in (("wider", torch.zeros(2, 48)), ("deeper", torch.zeros(2, 32))):
+        file = f"{folder}/weights/pytorch_lora_weights.safetensors"
+        with safe_open(file, "pt") as stored:
+            tensors, metadata = {key: stored.get_tensor(key) for key in stored.keys()}, stored.metadata()
+        key = next(key for key in tensors if "lora_A" in key)
+        tensors[key if name == "wider" else key.replace("blocks.0", "blocks.7")] = tensor
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "pytorch_lora_weights.safetensors", metadata)
+        for kind in KINDS:
+            with pytest.raises(ModelError, match="does not fit the model. Give weights that were trained on the base"):
+                make(kind, teachers=[str(tmp_path / name)])
+
+
+@both_kinds
+def test_a_full_teacher_of_another_size_is_named(make, kind, tmp_path):
+    from diffusers import SD3Transformer2DModel
+
+    policy = make("full")
+    folder = policy.export(tmp_path / "weights")
+    config = {**policy.model.trainable.config, "num_layers": 1}
+    SD3Transformer2DModel.from_config(config).save_pretrained(folder / "transformer")
+    with pytest.raises(ModelError, match="does not fit the model.*tensors differ in name or shape"):
+        make(kind, teachers=[str(tmp_path)])
 
 
 # -------------------------------------------------------------------------------------------------- average and state

@@ -11,7 +11,7 @@ import torch
 
 from flowrl.config import load_config
 from flowrl.models import ModelError
-from flowrl.train import due, leaf_places, reward_metrics, with_verdict
+from flowrl.train import credited, due, leaf_places, reward_metrics
 from flowrl.types import Batch, Prompt
 from samplers import all_steps, flow_sde, noise_source, rollout
 from tests import runs
@@ -48,14 +48,12 @@ def test_samples_stand_in_the_table_prompt_by_prompt():
     assert leaf_places(toy([3, 1]), 2).tolist() == [6, 7, 2, 3]
 
 
-def test_edges_without_a_verdict_leave_the_table():
+def test_edges_with_nan_credit_leave_the_table():
     batch = toy([0, 1])
-    rewards = torch.tensor([1.0, NAN, 0.5, math.inf], dtype=torch.float64)
-    edges = torch.arange(8.0)
-    left = with_verdict(replace(batch, rewards=rewards, advantages=edges))
-    kept = batch.trajectory.leaves[:, [0, 2]].any(1)
-    assert len(left.trajectory) == 4 and torch.equal(left.advantages, edges[kept])
-    assert torch.equal(left.trajectory.x, batch.trajectory.x[kept])
+    credit = torch.tensor([0.0, NAN, 1.0, NAN, -1.0, NAN, 2.0, NAN])
+    left = credited(batch, credit)
+    assert left.advantages.tolist() == [0.0, 1.0, -1.0, 2.0]
+    assert torch.equal(left.trajectory.x, batch.trajectory.x[::2])
 
 
 def test_reward_metrics_by_hand():

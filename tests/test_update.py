@@ -8,7 +8,7 @@ import torch
 
 from flowrl.collect import roll_out
 from flowrl.data import shard
-from flowrl.train import with_verdict
+from flowrl.train import credited
 from flowrl.types import Batch, Loss, Prompt
 from flowrl.update import UpdateError, deal, learning_rate_factor
 from samplers import all_steps, branch_at, flow_sde, noise_source, rollout, sliding_window
@@ -41,18 +41,23 @@ def toy(plan, slots):
         prompt=prompt, group=slot, noise=noise,
     )  # fmt: skip
     prompts = [Prompt(id=s, text=str(s)) for s in slots]
-    return Batch(prompts=prompts, cond={}, trajectory=trajectory, leaf_prompt=trajectory.leaf_prompt)
+    return Batch(
+        prompts=prompts, cond={}, trajectory=trajectory, leaf_prompt=trajectory.leaf_prompt, plans=(plan,)
+    )  # fmt: skip
 
 
 def hands(plan, slots, total, updates, key=7):
     """{(slot, step, state within the prompt): update} of the edges that a process with these slots holds."""
     batch = toy(plan, slots)
-    roots_each = K // plan.leaves_per_root
-    update_of = deal(batch, plan, slots, total, roots_each, updates, key)
+    update_of = deal(batch, slots, total, K, updates, key)
     found = {}
-    rows = torch.stack([batch.trajectory.prompt, batch.trajectory.step, batch.trajectory.node, update_of], 1).tolist()
-    for prompt, step, node, update in rows:
-        state = slots[prompt], step, node - prompt * roots_each * plan.nodes(step)
+    trajectory = batch.trajectory
+    rows = torch.stack([trajectory.prompt, trajectory.step, trajectory.state, update_of], 1).tolist()
+    least = {}  # the first number of a prompt's states in a step: numbers run on over prompts and steps
+    for prompt, step, number, _ in rows:
+        least[prompt, step] = min(number, least.get((prompt, step), number))
+    for prompt, step, number, update in rows:
+        state = slots[prompt], step, number - least[prompt, step]
         assert found.setdefault(state, update) == update  # siblings go together
     return found
 
@@ -84,34 +89,59 @@ def test_a_deal_changes_with_its_key_and_not_with_the_verdicts():
     batch = toy(plan, slots)
     rewards = torch.rand(len(batch.leaf_prompt), dtype=torch.float64)
     rewards[[0, 5, 6]] = math.nan
-    batch = replace(batch, rewards=rewards, advantages=torch.ones(len(batch.trajectory)))
-    left = with_verdict(batch)
     kept = ~(batch.trajectory.leaves & rewards.isnan()).any(1)
+    left = credited(replace(batch, rewards=rewards), torch.where(kept, 1.0, math.nan))
     assert len(left.trajectory) == kept.sum() == len(batch.trajectory) - 3 * 4
-    assert torch.equal(deal(left, plan, slots, 5, K, 3, 1), deal(batch, plan, slots, 5, K, 3, 1)[kept])
+    assert torch.equal(deal(left, slots, 5, K, 3, 1), deal(batch, slots, 5, K, 3, 1)[kept])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_whole_samples_stay_together(world):
+    plan, updates, total = PLANS["linear"], 3, 5
+    found = {}
+    for rank in range(world):
+        slots = shard(list(range(total)), rank, world)
+        batch = toy(plan, slots)
+        update_of = deal(batch, slots, total, K, updates, 7, whole_samples=True)
+        for leaf, update in zip(batch.trajectory.leaves.int().argmax(1).tolist(), update_of.tolist(), strict=True):
+            assert found.setdefault((slots[leaf // K], leaf % K), update) == update
+    counts = [list(found.values()).count(update) for update in range(updates)]
+    assert len(found) == total * K and max(counts) - min(counts) <= 1
+
+
+def test_several_plans_are_dealt_evenly_too():
+    """Plan a (one state a root) for even roots, plan b (two) for odd ones, as `collect.roll_out` hands them out."""
+    plans = [PLANS["linear"], sliding_window(TIMES, 0, 2)]
+    slots, whole = list(range(6)), toy(PLANS["linear"], list(range(6)))
+    keep = torch.isin(whole.trajectory.step, torch.tensor([0, 1])) | (whole.trajectory.leaves.int().argmax(1) % 2 == 0)
+    batch = replace(whole, trajectory=whole.trajectory.select(keep), plans=tuple(plans))
+    update_of = deal(batch, slots, 6, K, 3, 5)
+    assert (update_of >= 0).all()
+    for step, states in ((0, 24), (1, 24), (2, 12), (3, 12)):
+        assert torch.bincount(update_of[batch.trajectory.step == step]).tolist() == [states // 3] * 3
 
 
 # ------------------------------------------------------------------------------------------------ steps
 
 
 def collected(run, iteration=0):
-    """A rollout of the run's policy, and its plan."""
+    """A rollout of the run's policy."""
     times = run.policy.model.times(run.algorithm.num_steps, 32, 32)
     plan = run.algorithm.plan(times, iteration, K, 0)
     prompts = run.sampler(iteration)
     batch = roll_out(
-        run.policy, run.algorithm, plan, prompts, range(len(prompts)), run.conditions, run.geometry,
+        run.policy, run.algorithm, [plan], prompts, range(len(prompts)), run.conditions, run.geometry,
         samples_per_prompt=K, iteration=iteration, seed=0,
     )  # fmt: skip
-    return batch, plan
+    return batch
 
 
-def update(run, batch, plan, rewards):
+def update(run, batch, rewards):
     """Credit and optimiser steps, as in `Trainer.step`."""
-    batch = replace(batch, rewards=rewards)
-    batch = with_verdict(replace(batch, advantages=run.algorithm.credit(batch)))
+    batch = replace(batch, rewards=rewards, scores={"reward": rewards}, weights={"reward": 1.0})
+    batch = credited(batch, run.algorithm.credit(batch))
     slots = range(len(batch.prompts))
-    update_of = deal(batch, plan, slots, len(slots), K // plan.leaves_per_root, run.updater.updates, 5)
+    update_of = deal(batch, slots, len(slots), K, run.updater.updates, 5)
     return run.updater.run(batch, update_of)
 
 
@@ -134,7 +164,7 @@ def test_micro_batches_do_not_change_the_weights(trainer, shared, size):
         changes = {"algorithm": {**runs.MIX, **WIDE, "shared_noise": shared}, "optimizer.updates_per_iteration": 2}
         run = plain_sgd(trainer({**changes, "optimizer.micro_batch": micro_batch}, folder=f"run{micro_batch}"))
         start = runs.weights(run)
-        told[micro_batch] = update(run, *collected(run), REWARDS)
+        told[micro_batch] = update(run, collected(run), REWARDS)
         found[micro_batch] = runs.weights(run)
     assert runs.distance(found[None], start) > 5e-3
     assert (found[None] - found[size]).abs().max() <= 1e-6
@@ -148,12 +178,11 @@ def test_a_micro_batch_never_cuts_siblings(trainer, monkeypatch):
     loss = type(run.algorithm).loss
 
     def spy(self, policy, batch):
-        pairs = torch.stack([batch.trajectory.step, batch.trajectory.node], 1).tolist()
-        seen.append({(step, node) for step, node in pairs})
+        seen.append(set(batch.trajectory.state.tolist()))
         return loss(self, policy, batch)
 
     monkeypatch.setattr(type(run.algorithm), "loss", spy)
-    update(run, *collected(run), REWARDS)
+    update(run, collected(run), REWARDS)
     states = [state for part in seen for state in part]
     assert len(states) == len(set(states)) == 3 * (1 + K) and {len(part) for part in seen} <= {1, 2}
 
@@ -166,20 +195,23 @@ def test_samples_without_a_verdict_are_as_if_never_drawn(trainer, shared):
     keep[gone] = False
 
     some = trainer(changes, folder="some")
-    batch, plan = collected(some)
+    batch = collected(some)
     rewards = REWARDS.clone()
     rewards[gone] = math.nan
     start = runs.weights(some)
-    update(some, batch, plan, rewards)
+    update(some, batch, rewards)
 
     without = trainer(changes, folder="without")
-    batch, plan = collected(without)
-    batch = replace(batch, trajectory=batch.trajectory.keep_leaves(keep), leaf_prompt=batch.leaf_prompt[keep])
-    update(without, batch, plan, REWARDS[keep])
+    batch = collected(without)
+    kept = replace(batch, trajectory=batch.trajectory.keep_leaves(keep), rewards=REWARDS[keep])
+    kept = replace(kept, scores={"reward": REWARDS[keep]}, weights={"reward": 1.0})
+    led = batch.trajectory.leaves[:, keep].any(1)
+    batch = replace(batch, trajectory=batch.trajectory.select(led), advantages=without.algorithm.credit(kept))
+    without.updater.run(batch, deal(batch, range(3), 3, K, without.updater.updates, 5))
     assert runs.same(runs.state(some), runs.state(without))
 
     zero = trainer(changes, folder="zero")
-    update(zero, *collected(zero), torch.where(keep, REWARDS, 0.0))
+    update(zero, collected(zero), torch.where(keep, REWARDS, 0.0))
     assert not torch.equal(runs.weights(some), start) and not torch.equal(runs.weights(zero), runs.weights(some))
 
 
@@ -284,7 +316,7 @@ def test_one_bad_update_of_several_is_left_out(trainer):
 def test_the_gradient_is_scaled_down_to_max_grad_norm_or_not_at_all(trainer, norm):
     run = plain_sgd(trainer({"optimizer.ema_decay": None}), norm)
     start = runs.weights(run)
-    row = update(run, *collected(run), REWARDS)
+    row = update(run, collected(run), REWARDS)
     moved = runs.distance(runs.weights(run), start)
     assert row["grad_norm"] > 1e-3  # as it was before it was scaled
     assert moved == pytest.approx(norm or row["grad_norm"], rel=1e-3)

@@ -1,16 +1,22 @@
 """From rewards to credit: group-relative advantages of the samples, then of the edges that led to them.
 
 Symbols: B samples (leaves), G groups, E edges; r reward, A advantage. NaN (or infinite) reward = no verdict: the sample
-leaves its group's statistics and gets A = 0. All statistics are float64, on the CPU, and summed in sorted order: they
-depend, to the last bit, neither on the order of the samples nor on how processes share them.
+leaves its group's statistics and gets A = 0. An edge that leads to no verdict gets NaN, and NaN credit means that the
+edge leaves the table: it is not trained on and does not count in a mean. All statistics are float64, on the CPU, and
+summed in sorted order: they depend, to the last bit, neither on the order of the samples nor on how processes share
+them.
 """
 
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 StdMode = Literal["group", "global", "none"]
+BaselineMode = Literal["mean", "leave_one_out"]
+Combine = Literal["sum", "per_reward", "gdpo"]
 
 # Rewards come out of fp32 networks and differ by 1e-7 where they mean the same. Divided by their own std, such
 # differences become advantages of size 1, i.e. pure noise (reliability row R8).
@@ -49,12 +55,16 @@ def group_advantages(
     eps: float = 1e-4,
     unbiased: bool = False,
     clip: float | None = None,
+    baseline: BaselineMode = "mean",
+    std_floor: float = 0.0,
 ) -> Advantages:
     """A = (r - mean of the group) / (std + eps) for rewards and group numbers [B] (GRPO, arXiv:2402.03300).
 
     `std` is taken over the group, over all samples around their common mean ("global"), or left out ("none", Dr.GRPO,
-    arXiv:2503.20783). A group is dead, with A = 0, when it has fewer than two verdicts or when its own std is at most
-    1e-6 max(1, max |r|), whichever std is divided by.
+    arXiv:2503.20783); a std below `std_floor` counts as that. The baseline "leave_one_out" subtracts the mean of the
+    group's other members (RLOO, arXiv:2402.14740). `clip` cuts A to [-clip, clip]. A group is dead, with A = 0, when it
+    has fewer than two verdicts or when its own std is at most 1e-6 max(1, max |r|), whichever std is divided by.
+    Raises ValueError for an unknown std or baseline.
     Note: rewards on a scale below 1e-6 are therefore all dead (zero_std_frac = 1): scale them up.
     """
     rewards = rewards.detach().cpu().double()
@@ -63,27 +73,191 @@ def group_advantages(
     num_groups = len(names)
     r, g = rewards[valid], member[valid]
     mean, spread, count = _statistics(r, g, num_groups, unbiased)
-    largest = r.new_ones(num_groups).scatter_reduce(0, g, r.abs(), "amax")
-    live = (count >= 2) & (spread > STD_FLOOR * largest)
-    centred = torch.where(live[g], r - mean[g], 0.0)
+    live = (count >= 2) & _differ(r, g, spread)
+    centred = torch.where(live[g], (r - mean[g]) * _stretch(baseline, count)[g], 0.0)
     value = torch.zeros_like(rewards)
-    value[valid] = centred / _scale(std, eps, r, spread[g], unbiased)
-    if clip is not None:
-        value = value.clamp(-clip, clip)
-    return Advantages(value, valid, live)
+    value[valid] = centred / _scale(std, eps, r, spread[g], unbiased, std_floor)
+    return Advantages(_cut(value, clip), valid, live)
+
+
+def combined_advantages(
+    scores: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    group: Tensor,
+    how: Combine,
+    *,
+    std: StdMode = "group",
+    eps: float = 1e-4,
+    unbiased: bool = False,
+    baseline: BaselineMode = "mean",
+    std_floor: float = 0.0,
+    clip: float | None = None,
+) -> Advantages:
+    """One advantage a sample out of several rewards, scores[name] [B]; the other arguments as in `group_advantages`.
+
+        sum          group advantages of sum_k w_k r_k; the reward with the largest spread leads
+        per_reward   sum_k w_k A_k / sum_k |w_k|, A_k the group advantages of reward k (MixGRPO's advantage_aggr,
+                     arXiv:2507.21802; DanceGRPO's sum of losses)
+        gdpo         sum_k w_k A_k, then minus its mean and divided by its std + eps over the whole batch (GDPO,
+                     arXiv:2601.05242)
+
+    Scores of weight 0, or without one, are ignored. A sample has a verdict where all the others are finite. For
+    per_reward and gdpo a group is live if any of its rewards differs within the group; a dead one has A = 0.
+    Raises ValueError where no weight is left or a weighted score is missing.
+    Note: DanceGRPO clips the ratio in each reward's loss; that equals per_reward where the advantages agree in sign.
+    """
+    used = {name: weight for name, weight in weights.items() if weight != 0}
+    if not used:
+        raise ValueError(f"no reward has a weight other than 0 (weights: {dict(weights)}); give at least one.")
+    if missing := used.keys() - scores.keys():
+        raise ValueError(
+            f"weights name {', '.join(sorted(missing))}, but only {', '.join(scores) or 'nothing'} was scored; "
+            "correct the name or set its weight to 0."
+        )
+    judged = {name: scores[name].detach().cpu().double() for name in used}
+    valid = torch.stack([score.isfinite() for score in judged.values()]).all(0)
+    judged = {name: score.where(valid, torch.nan) for name, score in judged.items()}
+    if how == "sum":
+        total = reduce(torch.add, (weight * judged[name] for name, weight in used.items()))
+        return group_advantages(total, group, std, eps, unbiased, clip, baseline, std_floor)
+    if how not in ("per_reward", "gdpo"):
+        raise ValueError(f"unknown way to combine rewards {how!r}; choose sum, per_reward or gdpo.")
+    parts = {
+        name: group_advantages(score, group, std, eps, unbiased, None, baseline, std_floor)
+        for name, score in judged.items()
+    }
+    norm = sum(abs(weight) for weight in used.values())
+    value = reduce(torch.add, (weight / norm * parts[name].value for name, weight in used.items()))
+    live = torch.stack([part.live for part in parts.values()]).any(0)
+    if how == "gdpo":
+        # eps belongs to the sum before it is divided by norm.
+        value = _standardised(value, valid & _of_live_group(group, live), valid, eps / norm, unbiased)
+    return Advantages(_cut(value, clip), valid, live)
+
+
+def running_advantages(
+    rewards: Tensor,
+    group: Tensor,
+    buffers: Sequence[Tensor],
+    *,
+    min_count: int,
+    eps: float = 1e-6,
+    clip: float | None = None,
+) -> Advantages:
+    """A = (r - mean) / (std + eps) over the recent rewards of the sample's prompt (DDPO, arXiv:2305.13301).
+
+    rewards and group are [B]. buffers[g] [n] holds the recent rewards of the g-th group in the order of the group
+    numbers, those of this iteration included; values that are not finite do not count. A group with fewer than
+    `min_count` of them takes the statistics of this whole batch. The std divides by n. A group is live where the values
+    in use differ by more than rounding (as in `group_advantages`) and a sample of this iteration has a verdict; one
+    sample is enough. Raises ValueError where there is not one buffer a group.
+    """
+    rewards = rewards.detach().cpu().double()
+    valid = rewards.isfinite()
+    names, member = torch.unique(group.to(rewards.device), return_inverse=True)
+    if len(buffers) != len(names):
+        raise ValueError(
+            f"running_advantages got {len(buffers)} buffers for {len(names)} groups; give one tensor of recent rewards "
+            "a group, this iteration's included."
+        )
+    recent = [buffer.detach().cpu().double() for buffer in buffers]
+    recent = [buffer[buffer.isfinite()] for buffer in recent]
+    in_use = [buffer if len(buffer) >= min_count else rewards[valid] for buffer in recent]
+    r = torch.cat([*in_use, rewards.new_zeros(0)])
+    g = torch.arange(len(in_use)).repeat_interleave(torch.tensor([len(values) for values in in_use], dtype=torch.long))
+    mean, spread, _ = _statistics(r, g, len(names), unbiased=False)
+    live = _differ(r, g, spread) & torch.zeros(len(names), dtype=torch.bool).index_fill(0, member[valid], True)
+    value = torch.where(valid & live[member], (rewards - mean[member]) / (spread[member] + eps), 0.0)
+    return Advantages(_cut(value, clip), valid, live)
+
+
+class WinRates(NamedTuple):
+    """Win rates of B samples, and how often the judge saw no difference."""
+
+    value: Tensor
+    """float64 [B] in [0, 1]; NaN without a verdict and without another one in the group."""
+    tie_frac: Tensor
+    """Share of tied pairs among all pairs, []; NaN where there is no pair."""
+
+
+def win_rates(rewards: Tensor, group: Tensor, margin: float = 0.0) -> WinRates:
+    """Share of its group's other members that a sample beats (Pref-GRPO, arXiv:2508.20751); rewards, group [B].
+
+    A tie, |difference| <= margin (and at least 1e-6 max(1, max |r|), within which rewards mean the same), counts one
+    half. Only members with a verdict are compared.
+    Note: the paper asks a judge about each pair; this compares the scores of a pointwise reward.
+    """
+    rewards = rewards.detach().cpu().double()
+    value = torch.full_like(rewards, torch.nan)
+    group = group.to(rewards.device)
+    tied = pairs = 0
+    for name in torch.unique(group):
+        members = ((group == name) & rewards.isfinite()).nonzero().squeeze(1)
+        ahead = rewards[members, None] - rewards[members]
+        least = max(margin, STD_FLOOR * max(1.0, float(rewards[members].abs().max()))) if len(members) else margin
+        ties = ahead.abs() <= least
+        others = len(members) - 1
+        # Every sample ties with itself, which is taken off again; alone, 0 / 0 is the NaN of no verdict.
+        value[members] = ((ahead > least).double() + 0.5 * ties).sum(1).sub(0.5) / others
+        tied += int(ties.sum()) - len(members)
+        pairs += len(members) * others
+    return WinRates(value, torch.tensor(float(tied), dtype=torch.float64) / pairs)
 
 
 def to_edges(advantages: Tensor, leaves: Tensor, valid: Tensor | None = None) -> Tensor:
     """Credit of each edge: the mean advantage of the samples [B] that descend from it, `leaves` [E, B] -> float64 [E].
 
     On a linear rollout this is the sample's own advantage (GRPO). Samples that are not `valid` [B] do not count, and
-    an edge that leads to no valid one gets 0, as if they had never been drawn.
+    an edge that leads to no valid one gets NaN credit: it leaves the table, as if it had never been drawn.
     """
     below = leaves.to(advantages.device)
     if valid is not None:
         below = below & valid
     below = below.double()
-    return (below @ advantages.double()) / below.sum(1).clamp(min=1)
+    return (below @ advantages.double()) / below.sum(1)
+
+
+def leaf_mean(rewards: Tensor, leaves: Tensor) -> Tensor:
+    """Mean reward [B] of the samples that descend from an edge, `leaves` [E, B] -> float64 [E].
+
+    Samples without a verdict do not count; an edge that leads to no other has NaN.
+    """
+    rewards = rewards.detach().cpu().double()
+    valid = rewards.isfinite()
+    return to_edges(rewards.where(valid, 0.0), leaves, valid)
+
+
+def edge_advantages(
+    values: Tensor,
+    group: Tensor,
+    step: Tensor,
+    *,
+    std: Literal["group", "none"] = "group",
+    eps: float = 1e-4,
+    std_floor: float = 0.0,
+    unbiased: bool = False,
+) -> Tensor:
+    """Credit of edges that have a value each: `group_advantages` among the edges of one group at one step, float64 [E].
+
+    values, group and step are [E]. NaN leaves the statistics and stays NaN; an edge alone at its step gets 0, and so do
+    edges whose values do not differ. With `leaf_mean` as value, unbiased=True and eps=1e-8 this is BranchGRPO's
+    depth-wise advantage (arXiv:2509.06040).
+    Note: two edges are then +-0.7071 however close their values are; a `std_floor` keeps small differences small.
+    """
+    _, cell = torch.unique(torch.stack([group, step.to(group)]), dim=1, return_inverse=True)
+    found = group_advantages(values, cell, std, eps, unbiased, std_floor=std_floor)
+    return found.value.where(found.valid, torch.nan)
+
+
+def keep_nonzero(credit: Tensor) -> Tensor:
+    """Credit [E] with NaN for 0, so that edges without an advantage leave the table (Flow-GRPO's filter).
+
+    Where nothing but 0 and NaN is left the credit comes back unchanged: a process without a single edge could not take
+    part in the update, and its edges have no gradient anyway.
+    Note: Flow-GRPO tops the batch up with some of the dropped samples to keep its size; here no size has to be kept.
+    """
+    nonzero = (credit != 0) & ~credit.isnan()
+    return credit.where(nonzero, torch.nan) if bool(nonzero.any()) else credit
 
 
 def _statistics(r: Tensor, g: Tensor, num_groups: int, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,15 +271,54 @@ def _statistics(r: Tensor, g: Tensor, num_groups: int, unbiased: bool) -> tuple[
     return mean, (squares / (count - int(unbiased)).clamp(min=1)).sqrt(), count
 
 
-def _scale(std: StdMode, eps: float, r: Tensor, group_std: Tensor, unbiased: bool) -> Tensor:
+def _differ(r: Tensor, g: Tensor, spread: Tensor) -> Tensor:
+    """Groups [G] of rewards r in groups g whose std is more than rounding."""
+    return spread > STD_FLOOR * torch.ones_like(spread).scatter_reduce(0, g, r.abs(), "amax")
+
+
+def _stretch(baseline: BaselineMode, count: Tensor) -> Tensor:
+    """What r - mean is multiplied by [G], so that the baseline is the one asked for."""
+    if baseline == "mean":
+        return torch.ones_like(count)
+    if baseline == "leave_one_out":
+        # r - (n mean - r) / (n - 1) = n / (n - 1) (r - mean)
+        return count / (count - 1).clamp(min=1)
+    raise ValueError(f"unknown baseline {baseline!r}; choose mean or leave_one_out.")
+
+
+def _scale(std: StdMode, eps: float, r: Tensor, group_std: Tensor, unbiased: bool, floor: float) -> Tensor:
     """What a centred reward is divided by, [] or one a sample."""
     if std == "none":
         return r.new_ones(())
     if std == "group":
-        scale = group_std + eps
+        found = group_std
     elif std == "global":
-        scale = _statistics(r, torch.zeros_like(r, dtype=torch.long), 1, unbiased)[1] + eps
+        found = _whole(r, unbiased)[1]
     else:
         raise ValueError(f"unknown std mode {std!r}; choose group, global or none.")
+    scale = found.clamp(min=floor) + eps
     # Where eps = 0 meets a std of 0 the group is dead, but 0 / 0 would be NaN.
     return torch.where(scale > 0, scale, 1.0)
+
+
+def _whole(r: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
+    """Mean and std [1] of all rewards r."""
+    mean, spread, _ = _statistics(r, torch.zeros_like(r, dtype=torch.long), 1, unbiased)
+    return mean, spread
+
+
+def _standardised(value: Tensor, kept: Tensor, valid: Tensor, eps: float, unbiased: bool) -> Tensor:
+    """(value - mean) / (std + eps) over the valid samples; 0 where a sample is not kept, or where all but agree."""
+    known = value[valid]
+    mean, spread = _whole(known, unbiased)
+    differ = _differ(known, torch.zeros_like(known, dtype=torch.long), spread)
+    return torch.where(kept & differ, (value - mean) / (spread + eps), 0.0)
+
+
+def _of_live_group(group: Tensor, live: Tensor) -> Tensor:
+    """Samples [B] whose group is live [G]."""
+    return live[torch.unique(group.to(live.device), return_inverse=True)[1]]
+
+
+def _cut(value: Tensor, clip: float | None) -> Tensor:
+    return value if clip is None else value.clamp(-clip, clip)

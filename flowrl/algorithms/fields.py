@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 import samplers
-from flowrl.algorithms.advantages import StdMode
+from flowrl.algorithms.advantages import BaselineMode, Combine, StdMode
 from flowrl.algorithms.kl import KLForm as KLFormName
+from flowrl.algorithms.objectives import Objective
 from samplers import Kernel
 
 SDEName = Literal["flow_sde", "dance_sde", "wan_sde", "cps", "ddim"]
@@ -65,6 +66,18 @@ def _positive(value: float) -> float:
     return value
 
 
+def _above_one(value: float) -> float:
+    if not 1 < value < float("inf"):
+        raise ValueError(f"{value:g} must be above 1; 3 is usual.")
+    return value
+
+
+def _width(value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{value:g} must be a positive number; the ratio could not move at all.")
+    return value
+
+
 def _not_negative(value: float) -> float:
     if not 0 <= value < float("inf"):
         raise ValueError(f"{value:g} must be a finite number of at least 0; 0 switches it off.")
@@ -101,6 +114,35 @@ ClipRange = Annotated[
     AfterValidator(_positive_sides),
     Field(description="Trust region of the ratio, [1 - c, 1 + c] or [1 - low, 1 + high]; shrinks with resolution."),
 ]
+ObjectiveName = Annotated[
+    Objective, Field(description="What is maximised: PPO's clip or another function of flowrl.algorithms.objectives.")
+]
+DualClip = Annotated[
+    float,
+    AfterValidator(_above_one),
+    Field(description="dual_clip only: largest ratio that a bad sample's loss still grows with."),
+]
+Trust = Annotated[
+    float,
+    AfterValidator(_width),
+    Field(description="dppo: largest divergence of a step from the old one; spo, drpo: half-width in the ratio."),
+]
+CombineHow = Annotated[
+    Combine,
+    Field(
+        description="Several rewards: one advantage of their sum, or the weighted sum of an advantage for each "
+        "(per_reward), normalised again over the batch (gdpo)."
+    ),
+]
+Baseline = Annotated[
+    BaselineMode, Field(description="A sample is compared with its group's mean, or with that of the others.")
+]
+AdvFloor = Annotated[
+    float,
+    AfterValidator(_not_negative),
+    Field(description="Smallest std that advantages are divided by, in units of the reward."),
+]
+DropZero = Annotated[bool, Field(description="Leave steps with zero advantage out, instead of averaging over them.")]
 AdvClip = Annotated[float, AfterValidator(_positive), Field(description="Advantages are cut to [-adv_clip, adv_clip].")]
 AdvStd = Annotated[
     StdMode,
@@ -116,6 +158,20 @@ KLCoef = Annotated[
 KLForm = Annotated[
     KLFormName,
     Field(description="Form of that distance (see flowrl.algorithms.kl); a coefficient does not carry over."),
+]
+Window = Annotated[
+    int | None, Field(description="Stochastic, trained steps of an iteration, at random; null: all but the last.")
+]
+WindowRange = Annotated[
+    tuple[int, int] | None,
+    Field(description="Steps [low, high) in which the window lies; null: the first half of the steps."),
+]
+Steps = Annotated[
+    tuple[int, ...] | None,
+    Field(description="Steps that take turns in being the stochastic one; null: the first half of the steps."),
+]
+StepShare = Annotated[
+    float, Field(description="Share of its stochastic steps, at random, that a sample is trained on.", gt=0, le=1)
 ]
 SharedNoise = Annotated[
     bool,

@@ -1,8 +1,35 @@
 """The parts of a plan that methods share: the time grid, the group size, one root a group or one a sample."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from samplers import Plan, shifted_times
+from flowrl.types import Algorithm
+from samplers import Plan, all_steps, random_window, shifted_times
+
+
+def plans_of(
+    algorithm: Algorithm, times: Tensor, iteration: int, samples_per_prompt: int, seed: int
+) -> tuple[Plan, ...]:
+    """The plans of an iteration, one or several, after the checks that every method wants (ValueError)."""
+    answer = algorithm.plan(times, iteration, samples_per_prompt, seed)
+    plans = (answer,) if isinstance(answer, Plan) else tuple(answer or ())
+    if not plans:
+        raise ValueError("plan() returned no plan; return one, or one for each kind of root.")
+    for plan in plans:
+        if algorithm.needs.logprobs and not plan.num_stochastic:
+            raise ValueError(
+                "no step of the plan is stochastic, so there is no log-prob and nothing to learn from; "
+                "give it a window or steps."
+            )
+        if samples_per_prompt % plan.leaves_per_root:
+            raise ValueError(
+                f"samples_per_prompt={samples_per_prompt} is no multiple of the {plan.leaves_per_root} samples that "
+                "one initial noise branches into; change it, or the fanout."
+            )
+    if len({plan.leaves_per_root for plan in plans}) > 1:
+        raise ValueError("the plans of an iteration must all branch into the same number of samples.")
+    return plans
 
 
 def training_times(times: Tensor, num_steps: int, shift: float | None) -> Tensor:
@@ -26,3 +53,46 @@ def check_group_size(samples_per_prompt: int) -> None:
             f"samples_per_prompt={samples_per_prompt}, but an advantage is a sample's reward against those of its "
             "group, so every advantage would be 0; choose at least 2 (papers use 12 to 24)."
         )
+
+
+def check_window(num_steps: int, window: int | None, window_range: tuple[int, int] | None) -> None:
+    """Refuse a random window that its range cannot hold (ValueError)."""
+    if window is None:
+        if window_range is not None:
+            raise ValueError("window_range says where a window lies, but there is none; set window, say to 2.")
+        return
+    low, high = window_range or (0, num_steps // 2)
+    if not (window >= 1 and 0 <= low and low + window <= high < num_steps):
+        raise ValueError(
+            f"window={window} does not fit steps [{low}, {high}) of {num_steps}: it holds at least one, and the last "
+            f"step always follows the ODE; make the window smaller, window_range wider (at most [0, {num_steps - 1}]) "
+            "or num_steps larger."
+        )
+
+
+def all_or_window(
+    grid: Tensor, iteration: int, window: int | None, window_range: tuple[int, int] | None, seed: int
+) -> Plan:
+    """All steps but the last stochastic, or (Flow-GRPO-Fast) a window at random that is the same for everyone."""
+    if window is None:
+        return all_steps(grid)
+    low, high = window_range or (0, (len(grid) - 1) // 2)
+    return random_window(grid, iteration, window, low=low, high=high, seed=seed)
+
+
+def early_steps(steps: tuple[int, ...] | None, num_steps: int) -> tuple[int, ...]:
+    """Candidate steps of a method with one stochastic step at a time; None = the first half. Refuses others."""
+    chosen = tuple(range(max(1, num_steps // 2))) if steps is None else steps
+    outside = [step for step in chosen if not 0 <= step < num_steps - 1]
+    if outside or not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(
+            f"steps={list(chosen)} must name different steps from 0 to {num_steps - 2}, at least one: of "
+            f"num_steps={num_steps} the last always follows the ODE."
+        )
+    return chosen
+
+
+def in_turn(plans: Sequence[Plan], iteration: int) -> tuple[Plan, ...]:
+    """The plans, another one first in each iteration, so that every prompt meets all of them."""
+    first = iteration % len(plans)
+    return (*plans[first:], *plans[:first])

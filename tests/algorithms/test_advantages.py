@@ -1,4 +1,4 @@
-"""Advantages against plain numpy loops, and what must not move them: order, missing verdicts, jitter, scale."""
+"""Credit against plain numpy loops, and what must not move it: order, missing verdicts, jitter, scale."""
 
 import math
 
@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from flowrl.algorithms.advantages import group_advantages, to_edges
+from flowrl.algorithms.advantages import (
+    combined_advantages,
+    edge_advantages,
+    group_advantages,
+    keep_nonzero,
+    leaf_mean,
+    running_advantages,
+    to_edges,
+    win_rates,
+)
 from samplers import branch_at, dance_sde, linear_times, noise_source, rollout
 from tests.samplers.toys import gaussian_velocity
 
@@ -21,7 +30,7 @@ def some_rewards(num=60, groups=7, seed=0):
     return rewards, group
 
 
-def by_loop(rewards, group, std, eps, unbiased):
+def by_loop(rewards, group, std, eps, unbiased, baseline="mean", floor=0.0):
     rewards, group = rewards.numpy(), group.numpy()
     valid = ~np.isnan(rewards)
     out = np.zeros(len(rewards))
@@ -30,8 +39,10 @@ def by_loop(rewards, group, std, eps, unbiased):
         if not valid[i] or len(mates) < 2:
             continue
         ddof = int(unbiased)
-        scale = {"group": mates.std(ddof=ddof) + eps, "global": rewards[valid].std(ddof=ddof) + eps, "none": 1.0}[std]
-        out[i] = (rewards[i] - mates.mean()) / scale
+        spread = {"group": mates.std(ddof=ddof), "global": rewards[valid].std(ddof=ddof)}
+        scale = 1.0 if std == "none" else max(spread[std], floor) + eps
+        others = rewards[valid & (group == group[i]) & (np.arange(len(rewards)) != i)]
+        out[i] = (rewards[i] - (mates if baseline == "mean" else others).mean()) / scale
     return out
 
 
@@ -44,6 +55,40 @@ def test_equals_the_loop(std, unbiased, eps):
     np.testing.assert_allclose(found.value.numpy(), by_loop(rewards, group, std, eps, unbiased), rtol=1e-12, atol=1e-14)
     assert found.value.dtype == torch.float64
     assert torch.equal(found.valid, ~rewards.isnan())
+
+
+@pytest.mark.parametrize("std", ["group", "global", "none"])
+@pytest.mark.parametrize("floor", [0.0, 0.9, 5.0])
+def test_leave_one_out_and_floor_equal_the_loop(std, floor):
+    """A floor of 0.9 lies among the stds of the groups."""
+    rewards, group = some_rewards()
+    found = group_advantages(rewards, group, std, 1e-4, baseline="leave_one_out", std_floor=floor)
+    expected = by_loop(rewards, group, std, 1e-4, False, "leave_one_out", floor)
+    np.testing.assert_allclose(found.value.numpy(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_leave_one_out_has_no_expectation_to_lose():
+    """Why RLOO: what is subtracted from a sample does not depend on its own reward."""
+    rewards = torch.tensor([0.3, 0.1, 0.9, NAN])
+    changed = torch.tensor([2.3, 0.1, 0.9, NAN])
+    settings = {"group": torch.zeros(4), "std": "none"}
+    rise = [
+        float(group_advantages(r, **settings, baseline=b).value[0])
+        for b in ("leave_one_out", "mean")
+        for r in (changed, rewards)
+    ]
+    assert rise[0] - rise[1] == pytest.approx(2)
+    assert rise[2] - rise[3] == pytest.approx(4 / 3)
+
+
+def test_a_lone_sample_has_nothing_left_out():
+    found = group_advantages(torch.tensor([3.0]), torch.zeros(1), baseline="leave_one_out", eps=0.0)
+    assert (found.value.item(), found.live.item()) == (0, False)
+
+
+def test_unknown_baseline_is_named():
+    with pytest.raises(ValueError, match="median.*mean or leave_one_out"):
+        group_advantages(torch.zeros(2), torch.zeros(2), baseline="median")
 
 
 @pytest.mark.parametrize("std", ["group", "global", "none"])
@@ -152,7 +197,7 @@ def test_tree_edges_get_the_mean_of_their_subtree():
 
 
 def test_tree_credit_leaves_out_what_has_no_verdict():
-    """R1 on a tree: credit is that of the tree pruned by the missing samples, and 0 where nothing is left."""
+    """R1 on a tree: credit is that of the tree pruned by the missing samples, and NaN where nothing is left."""
     edges = tree()
     valid = torch.ones(edges.num_leaves, dtype=torch.bool)
     valid[[0, 1, 5]] = False
@@ -162,4 +207,295 @@ def test_tree_credit_leaves_out_what_has_no_verdict():
     alive = (edges.leaves & valid).any(1)
     assert torch.equal(credit[alive], to_edges(advantages[valid], pruned.leaves))
     assert (~alive).any()
-    assert (credit[~alive] == 0).all()
+    assert credit[~alive].isnan().all()
+
+
+def test_leaf_means_are_those_of_the_loop():
+    """Whatever stands for no verdict, it is not counted; without any verdict below there is no mean."""
+    edges = tree()
+    rewards = torch.randn(edges.num_leaves, generator=torch.Generator().manual_seed(0))
+    rewards[[0, 1, 5]] = torch.tensor([NAN, float("inf"), NAN])
+    found = leaf_mean(rewards, edges.leaves)
+    for edge in range(len(edges)):
+        below = [r for r in rewards[edges.leaves[edge]].tolist() if math.isfinite(r)]
+        assert float(found[edge]) == pytest.approx(np.mean(below) if below else NAN, nan_ok=True)
+    assert found.isnan().any() and found.isfinite().any()
+
+
+# ---------------------------------------------------------------------------------------------------- several rewards
+
+
+def three_scores(num=60, seed=0):
+    """Scores on three scales, each with missing verdicts of its own; a group of which the second says nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.randn(num, generator=generator, dtype=torch.float64)  # noqa: E731
+    group = torch.randint(6, (num,), generator=generator) * 10
+    scores = {"a": draw(), "b": 30 + 100 * draw(), "c": 0.01 * draw()}
+    scores["a"][3], scores["c"][4] = NAN, float("inf")
+    scores["b"][group == 20] = 5.0
+    return scores, group
+
+
+WEIGHTS = {"a": 2.0, "b": 0.5, "c": -1.0}
+ARGUMENTS = {"std": "group", "eps": 1e-4, "unbiased": True, "baseline": "mean", "std_floor": 0.0, "clip": None}
+
+
+def combined_by_loop(scores, weights, group, how, eps, unbiased):
+    group, scores = group.numpy(), {k: v.numpy() for k, v in scores.items()}
+    valid = np.logical_and.reduce([np.isfinite(scores[k]) for k in weights])
+    parts = {}
+    for name in weights:
+        known = torch.tensor(np.where(valid, scores[name], np.nan))
+        parts[name] = by_loop(known, torch.tensor(group), "group", eps, unbiased)
+    if how == "sum":
+        total = sum(w * np.where(valid, scores[k], np.nan) for k, w in weights.items())
+        return by_loop(torch.tensor(total), torch.tensor(group), "group", eps, unbiased)
+    value = sum(w * parts[k] for k, w in weights.items())
+    if how == "per_reward":
+        return value / sum(abs(w) for w in weights.values())
+    whitened = (value - value[valid].mean()) / (value[valid].std(ddof=int(unbiased)) + eps)
+    return np.where(valid, whitened, 0)
+
+
+@pytest.mark.parametrize("how", ["sum", "per_reward", "gdpo"])
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_combinations_equal_the_loop(how, unbiased):
+    scores, group = three_scores()
+    found = combined_advantages(scores, WEIGHTS, group, how, **(ARGUMENTS | {"unbiased": unbiased}))
+    expected = combined_by_loop(scores, WEIGHTS, group, how, 1e-4, unbiased)
+    np.testing.assert_allclose(found.value.numpy(), expected, rtol=1e-10, atol=1e-12)
+    assert (~found.valid).nonzero().flatten().tolist() == [3, 4]
+    assert found.live.all()
+
+
+@pytest.mark.parametrize("how", ["sum", "per_reward", "gdpo"])
+def test_combinations_do_not_see_the_order_of_samples(how):
+    scores, group = three_scores(num=300)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    here = combined_advantages(scores, WEIGHTS, group, how, **ARGUMENTS)
+    there = combined_advantages({k: v[order] for k, v in scores.items()}, WEIGHTS, group[order], how, **ARGUMENTS)
+    assert torch.equal(here.value[order], there.value)
+    assert torch.equal(here.live, there.live)
+
+
+@pytest.mark.parametrize("how", ["per_reward", "gdpo"])
+def test_normalised_rewards_forget_their_scale(how):
+    """Where the sum is led by the largest reward."""
+    scores, group = three_scores()
+    louder = scores | {"c": 1e5 * scores["c"] + 3}
+    arguments = ARGUMENTS | {"eps": 0.0}
+    here, there = (combined_advantages(s, WEIGHTS, group, how, **arguments).value for s in (scores, louder))
+    torch.testing.assert_close(here, there, rtol=1e-7, atol=1e-9)
+    led = [combined_advantages(s, WEIGHTS, group, "sum", **arguments).value for s in (scores, louder)]
+    assert (led[0] - led[1]).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("how", ["sum", "per_reward"])
+def test_one_reward_alone_is_the_group_advantage(how):
+    scores, group = three_scores()
+    found = combined_advantages(scores, {"a": 1.0, "b": 0.0}, group, how, **(ARGUMENTS | {"clip": 0.7}))
+    expected = group_advantages(scores["a"], group, "group", 1e-4, True, 0.7)
+    assert torch.equal(found.value, expected.value) and torch.equal(found.valid, expected.valid)
+    assert found.value.abs().max() == 0.7
+
+
+@pytest.mark.parametrize("how", ["sum", "per_reward", "gdpo"])
+def test_scores_without_weight_are_ignored_verdicts_included(how):
+    scores, group = three_scores()
+    alone = combined_advantages({"a": scores["a"]}, {"a": 2.0}, group, how, **ARGUMENTS)
+    silent = {**scores, "b": torch.full((60,), NAN)}
+    found = combined_advantages(silent, {"a": 2.0, "b": 0.0}, group, how, **ARGUMENTS)
+    assert torch.equal(found.value, alone.value) and torch.equal(found.valid, alone.valid)
+
+
+@pytest.mark.parametrize("how", ["per_reward", "gdpo"])
+def test_a_group_lives_by_any_of_its_rewards(how):
+    """Group 0: both are constant; group 1: one; group 2: neither."""
+    scores = {"a": torch.tensor([1.0, 1, 4, 4, 0, 2]), "b": torch.tensor([2.0, 2, 0, 1, 3, 1])}
+    group = torch.arange(3).repeat_interleave(2)
+    found = combined_advantages(scores, {"a": 1.0, "b": 0.5}, group, how, **ARGUMENTS)
+    assert found.live.tolist() == [False, True, True]
+    assert (found.value[:2] == 0).all() and (found.value[2:] != 0).all()
+
+
+def test_the_whole_batch_does_not_wake_a_dead_group():
+    """GDPO's last step subtracts the batch's mean, which is 0 but for rounding; a dead group's A is exactly 0."""
+    scores, group = three_scores()
+    for name in scores:
+        scores[name][group == 20] = 0.3
+    found = combined_advantages(scores, WEIGHTS, group, "gdpo", **ARGUMENTS)
+    assert (found.value[group == 20] == 0).all()
+    assert found.live.tolist() == [True, True, False, True, True, True]
+
+
+def test_rewards_that_cancel_leave_the_sum_dead_but_not_the_parts():
+    scores = {"a": torch.tensor([0.1, 1.3, 0.2]), "b": torch.tensor([1.9, 0.7, 1.8])}
+    group, weights = torch.zeros(3), {"a": 1.0, "b": 1.0}
+    assert not combined_advantages(scores, weights, group, "sum", **ARGUMENTS).live.any()
+    parts = combined_advantages(scores, weights, group, "gdpo", **(ARGUMENTS | {"eps": 0.0}))
+    assert parts.live.all()
+    assert (parts.value == 0).all()  # R8: not the rounding of the parts, blown up to a std of 1
+
+
+def test_gdpo_is_white_over_the_batch_and_cut_afterwards():
+    scores, group = three_scores()
+    found = combined_advantages(scores, WEIGHTS, group, "gdpo", **(ARGUMENTS | {"eps": 0.0}))
+    value = found.value[found.valid]
+    assert (float(value.mean()), float(value.std())) == (pytest.approx(0, abs=1e-12), pytest.approx(1))
+    cut = combined_advantages(scores, WEIGHTS, group, "gdpo", **(ARGUMENTS | {"eps": 0.0, "clip": 0.5}))
+    assert torch.equal(cut.value, found.value.clamp(-0.5, 0.5))
+
+
+def test_combinations_refuse_what_they_cannot_mean():
+    scores, group = {"a": torch.zeros(2)}, torch.zeros(2)
+    with pytest.raises(ValueError, match="no reward has a weight other than 0"):
+        combined_advantages(scores, {"a": 0.0}, group, "sum", **ARGUMENTS)
+    with pytest.raises(ValueError, match="weights name b, but only a was scored"):
+        combined_advantages(scores, {"a": 1.0, "b": 1.0}, group, "sum", **ARGUMENTS)
+    with pytest.raises(ValueError, match="'product'; choose sum, per_reward or gdpo"):
+        combined_advantages(scores, {"a": 1.0}, group, "product", **ARGUMENTS)
+
+
+# ------------------------------------------------------------------------------------------ running statistics, pairs
+
+
+def running_by_loop(rewards, group, buffers, min_count, eps):
+    names = sorted(set(group.tolist()))
+    everyone = np.array([r for r in rewards.tolist() if math.isfinite(r)])
+    out = []
+    for r, g in zip(rewards.tolist(), group.tolist(), strict=True):
+        values = np.array([x for x in buffers[names.index(g)].tolist() if math.isfinite(x)])
+        values = values if len(values) >= min_count else everyone
+        out.append((r - values.mean()) / (values.std() + eps) if math.isfinite(r) else 0.0)
+    return out
+
+
+def test_running_advantages_equal_the_loop():
+    """DDPO: some prompts have been seen often enough, the others take the batch's statistics."""
+    rewards, group = some_rewards()
+    generator = torch.Generator().manual_seed(5)
+    buffers = [
+        torch.cat([torch.randn(8 * i, generator=generator, dtype=torch.float64), rewards[group == name]])
+        for i, name in enumerate(group.unique())
+    ]
+    found = running_advantages(rewards, group, buffers, min_count=16, eps=1e-6)
+    expected = running_by_loop(rewards, group, buffers, 16, 1e-6)
+    np.testing.assert_allclose(found.value.numpy(), expected, rtol=1e-12, atol=1e-14)
+    assert found.live.all() and torch.equal(found.valid, rewards.isfinite())
+    order = torch.randperm(60, generator=generator)
+    mixed = [buffer[torch.randperm(len(buffer), generator=generator)] for buffer in buffers]
+    again = running_advantages(rewards[order], group[order], mixed, min_count=16, eps=1e-6)
+    assert torch.equal(again.value, found.value[order])
+    cut = running_advantages(rewards, group, buffers, min_count=16, eps=1e-6, clip=0.5)
+    assert torch.equal(cut.value, found.value.clamp(-0.5, 0.5))
+
+
+def test_one_sample_learns_from_its_prompts_past():
+    """What group advantages cannot do: prompts with one sample, one constant past and one without a verdict now."""
+    rewards = torch.tensor([1.0, 0.5, NAN], dtype=torch.float64)
+    past = [torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5 + 1e-8, NAN]), torch.tensor([1.0, 2.0])]
+    found = running_advantages(rewards, torch.arange(3), past, min_count=2, eps=0.0)
+    assert found.value.tolist() == [1.0, 0.0, 0.0]
+    assert found.live.tolist() == [True, False, False]
+    assert found.valid.tolist() == [True, True, False]
+
+
+def test_running_advantages_of_nothing_and_of_no_verdict():
+    none = running_advantages(torch.zeros(0), torch.zeros(0), [], min_count=1)
+    assert len(none.value) == 0 and float(none.zero_std_frac) == 1
+    silent = running_advantages(torch.full((2,), NAN), torch.zeros(2), [torch.full((2,), NAN)], min_count=1)
+    assert (silent.value == 0).all() and not silent.live.any()
+
+
+def test_running_advantages_want_one_buffer_a_group():
+    with pytest.raises(ValueError, match="1 buffers for 2 groups"):
+        running_advantages(torch.zeros(2), torch.arange(2), [torch.zeros(3)], min_count=1)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+def test_win_rates_equal_the_loop(margin):
+    rewards, group = some_rewards()
+    rewards = (4 * rewards).round() / 4
+    found = win_rates(rewards, group, margin)
+    tied = pairs = 0
+    for i in range(60):
+        others = [j for j in range(60) if j != i and group[j] == group[i] and not rewards[j].isnan()]
+        if rewards[i].isnan() or not others:
+            assert found.value[i].isnan()
+            continue
+        ahead = [float(rewards[i] - rewards[j]) for j in others]
+        ties = sum(abs(a) <= margin for a in ahead)
+        assert float(found.value[i]) == pytest.approx((sum(a > margin for a in ahead) + ties / 2) / len(others))
+        tied, pairs = tied + ties, pairs + len(others)
+    assert float(found.tie_frac) == pytest.approx(tied / pairs) and tied
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(
+        win_rates(rewards[order], group[order], margin).value.nan_to_num(-1), found.value[order].nan_to_num(-1)
+    )
+
+
+def test_win_rates_of_a_ranking_are_evenly_spaced():
+    """Whatever the gaps: this is what Pref-GRPO is for."""
+    found = win_rates(torch.tensor([0.5, 0.5001, 0.6, -9.0]), torch.zeros(4))
+    assert found.value.tolist() == pytest.approx([1 / 3, 2 / 3, 1, 0])
+    assert found.tie_frac == 0
+
+
+def test_without_a_pair_there_is_no_win_rate():
+    found = win_rates(torch.tensor([1.0, NAN, 2.0]), torch.tensor([0, 0, 1]))
+    assert found.value.isnan().all() and found.tie_frac.isnan()
+
+
+# ------------------------------------------------------------------------------------------------- edges on their own
+
+
+@pytest.mark.parametrize("std", ["group", "none"])
+def test_edge_advantages_equal_the_loop(std):
+    """Groups are the edges of one group at one step, whatever their order."""
+    values, group = some_rewards(num=120, groups=4)
+    step = torch.randint(5, (120,), generator=torch.Generator().manual_seed(2))
+    found = edge_advantages(values, group, step, std=std, eps=1e-4, std_floor=0.7, unbiased=True)
+    expected = by_loop(values, 1000 * group + step, std, 1e-4, True, floor=0.7)
+    expected[values.isnan().numpy()] = np.nan
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-14)
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(1))
+    again = edge_advantages(values[order], group[order], step[order], std=std, eps=1e-4, std_floor=0.7, unbiased=True)
+    assert torch.equal(again.nan_to_num(9), found[order].nan_to_num(9))
+
+
+def test_edges_alone_or_alike_get_nothing_and_silent_ones_stay_silent():
+    values = torch.tensor([1.0, 2.0, 2.0, NAN, 3.0, 5.0])
+    found = edge_advantages(values, torch.zeros(6), torch.tensor([0, 1, 1, 2, 2, 3]), eps=0.0)
+    assert found[[0, 1, 2, 4, 5]].tolist() == [0] * 5
+    assert found[3].isnan()
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1.0, 1e3])
+def test_two_branches_are_a_sign_only_unless_there_is_a_floor(gap):
+    """BranchGRPO's first depths: +-0.7071 whatever the gap; divided by a floor, a small gap stays small."""
+    values, same = torch.tensor([0.2, 0.2 + gap], dtype=torch.float64), torch.zeros(2, dtype=torch.long)
+    bare = edge_advantages(values, same, same, eps=1e-8, unbiased=True)
+    assert bare.tolist() == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)], rel=1e-4)
+    floored = edge_advantages(values, same, same, eps=0.0, unbiased=True, std_floor=1.0)
+    scale = max(1.0, gap / math.sqrt(2))
+    assert floored.tolist() == pytest.approx([-gap / 2 / scale, gap / 2 / scale], rel=1e-9)
+
+
+def test_a_trees_depths_are_normalised_by_themselves():
+    """BranchGRPO: node value = mean of its leaves, z-scored within its tree at its depth."""
+    edges = tree()
+    rewards = torch.randn(edges.num_leaves, generator=torch.Generator().manual_seed(0)).double()
+    roots = edges.leaves.int().argmax(1) // (edges.num_leaves // 2)
+    found = edge_advantages(leaf_mean(rewards, edges.leaves), roots, edges.step, eps=0.0, unbiased=True)
+    for root in (0, 1):
+        for step in edges.step.unique():
+            here = (roots == root) & (edges.step == step)
+            nodes = np.array([float(rewards[edges.leaves[e]].mean()) for e in here.nonzero().flatten()])
+            np.testing.assert_allclose(found[here].numpy(), (nodes - nodes.mean()) / nodes.std(ddof=1), rtol=1e-9)
+
+
+def test_edges_without_credit_leave_unless_none_would_be_left():
+    credit = torch.tensor([0.0, 1.5, NAN, -0.0, -2.0])
+    assert keep_nonzero(credit).nan_to_num(9).tolist() == [9, 1.5, 9, 9, -2]
+    for nothing in (torch.zeros(3), torch.tensor([0.0, NAN]), torch.zeros(0)):
+        assert torch.equal(keep_nonzero(nothing).nan_to_num(9), nothing.nan_to_num(9))

@@ -9,9 +9,12 @@ import torch
 from pydantic import ValidationError
 
 import flowrl.algorithms
+from flowrl.algorithms.policy_gradient import PolicyGradient
+from flowrl.algorithms.schedule import plans_of
+from flowrl.history import PromptHistory
 from flowrl.types import Hyperparameters
-from samplers import Plan, linear_times
-from tests.algorithms.toy import ToyPolicy, collect, gradient, select
+from samplers import linear_times
+from tests.algorithms.toy import ToyPolicy, collect, gradient, live, select
 
 SDES = {"flow_sde": 0.7, "dance_sde": 0.3, "wan_sde": 0.8, "cps": 0.6, "ddim": 0.8}
 
@@ -23,7 +26,10 @@ def algorithms():
         thing
         for module in modules
         for thing in vars(module).values()
-        if inspect.isclass(thing) and issubclass(thing, Hyperparameters) and thing.__module__ == module.__name__
+        if inspect.isclass(thing)
+        and issubclass(thing, Hyperparameters)
+        and thing.__module__ == module.__name__
+        and hasattr(thing, "plan")
     ]
 
 
@@ -33,7 +39,22 @@ def make(cls, **wanted):
 
 
 ALL = algorithms()
+FAMILY = [cls for cls in ALL if issubclass(cls, PolicyGradient)]
 every = pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+every_policy_gradient = pytest.mark.parametrize("cls", FAMILY, ids=lambda cls: cls.__name__)
+# Credit by a sample's own group alone, whatever its place in the tree.
+flat = pytest.mark.parametrize(
+    "cls",
+    [cls for cls in FAMILY if cls.__name__ not in ("BranchGRPO", "TempFlowGRPO", "GranularGRPO")],
+    ids=lambda cls: cls.__name__,
+)
+K = 48  # every method's default tree and tails divide it
+
+
+def weight(algorithm, batch):
+    """The method's factor on each edge."""
+    found = algorithm.weight(batch)
+    return torch.ones(len(batch.trajectory)) if found is None else found
 
 
 def test_the_folder_was_listed():
@@ -63,44 +84,46 @@ def test_record_is_frozen_strict_and_survives_a_round_trip(cls):
 def test_plan_is_a_pure_function_with_something_to_train(cls):
     algorithm = cls()
     for iteration in (0, 1, 7, 100, 10_000):
-        plans = [cls().plan(linear_times(algorithm.num_steps), iteration, 8, seed) for seed in (0, 0)]
-        assert isinstance(plans[0], Plan)
-        assert plans[0] == plans[1]
-        assert 8 % plans[0].leaves_per_root == 0
-        if algorithm.needs.logprobs:
-            assert plans[0].num_stochastic >= 1
-            assert not plans[0].stochastic[-1], "noise of the last step would stay in the sample"
+        first, again = (plans_of(cls(), linear_times(algorithm.num_steps), iteration, K, seed) for seed in (0, 0))
+        assert first == again
+        for plan in first:
+            assert plan.num_stochastic >= 1
+            assert not plan.stochastic[-1], "noise of the last step would stay in the sample"
 
 
-@every
+@every_policy_gradient
 def test_groups_of_one_are_refused(cls):
     algorithm = cls()
     with pytest.raises(ValueError, match="samples_per_prompt=1.*at least 2"):
         algorithm.plan(linear_times(algorithm.num_steps), 0, 1, 0)
 
 
-@every
+@every_policy_gradient
 @pytest.mark.parametrize("sde", SDES)
 @pytest.mark.parametrize("shared_noise", [False, True])
 def test_first_update_is_exactly_on_policy(cls, sde, shared_noise):
-    """Ratio 1, loss = -mean A, and the gradient -mean A dlogp."""
-    algorithm = make(cls, sde=sde, eta=SDES[sde], shared_noise=shared_noise)
+    """Ratio 1, loss = -mean A w, and the gradient -mean A w dlogp."""
+    if shared_noise and "shared_noise" not in cls.model_fields:
+        pytest.skip("the tree says what is shared")
+    algorithm = make(cls, sde=sde, eta=SDES[sde], shared_noise=shared_noise, split_noise=1.1)
     policy = ToyPolicy()
-    batch = collect(algorithm, policy)
+    batch = live(collect(algorithm, policy, k=K))
     loss, grad = gradient(algorithm, policy, batch)
     assert float(loss.metrics["ratio_max_dev"]) <= 1e-6
     assert float(loss.metrics["clip_frac"]) == 0
-    assert float(loss.metrics["policy_loss"]) == pytest.approx(-float(batch.advantages.mean()), abs=1e-5)
+    expected = -float((batch.advantages * weight(algorithm, batch)).mean())
+    assert float(loss.metrics["policy_loss"]) == pytest.approx(expected, abs=1e-5)
     assert loss.value.isfinite()
     assert grad.isfinite().all()
     assert grad.abs().min() > 0
     assert all(not value.requires_grad and value.isfinite() for value in loss.metrics.values())
 
 
-@every
+@every_policy_gradient
 def test_edges_without_credit_have_no_policy_gradient(cls):
-    algorithm, policy = make(cls, kl_coef=0.0), ToyPolicy()
-    batch = collect(algorithm, policy)
+    algorithm, policy = make(cls, kl_coef=0.0, clip_range=0.5), ToyPolicy()
+    batch = live(collect(algorithm, policy, k=K))
+    batch = select(batch, torch.arange(len(batch.trajectory) // 2 * 2))
     with torch.no_grad():
         policy.bias += 0.01
     batch.advantages = torch.where(torch.arange(len(batch.trajectory)) % 2 == 0, batch.advantages, 0.0)
@@ -111,43 +134,65 @@ def test_edges_without_credit_have_no_policy_gradient(cls):
     assert (gradient(algorithm, policy, batch)[1] == 0).all()
 
 
-@every
+@flat
 def test_a_sample_without_a_verdict_is_as_if_never_drawn(cls):
-    """R1: NaN gives credit 0, and dropping its edges gives the gradient of a run without it."""
-    algorithm, policy = make(cls, kl_coef=0.0), ToyPolicy()
+    """R1: its edges leave, and the gradient is that of a run without it."""
+    algorithm, policy = make(cls, kl_coef=0.0, step_share=1.0), ToyPolicy()
     batch = collect(algorithm, policy)
-    batch.rewards[3] = float("nan")
+    batch.rewards[3] = batch.scores["reward"][3] = float("nan")
     valid = ~batch.rewards.isnan()
     batch.advantages = algorithm.credit(batch)
-    assert (batch.advantages[batch.trajectory.leaves[:, 3]] == 0).all()
-    kept = batch.trajectory.leaves[:, valid].any(1)
-    _, found = gradient(algorithm, policy, select(batch, kept.nonzero().flatten()))
+    gone = (batch.trajectory.leaves & valid).any(1).logical_not()
+    assert gone.any() and torch.equal(batch.advantages.isnan(), gone)
+    _, found = gradient(algorithm, policy, live(batch))
     batch.trajectory, batch.rewards = batch.trajectory.keep_leaves(valid), batch.rewards[valid]
+    batch.scores = {"reward": batch.rewards}
     batch.advantages = algorithm.credit(batch)
     _, expected = gradient(algorithm, policy, batch)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@every_policy_gradient
+def test_a_missing_verdict_is_nobody_elses_business(cls):
+    """R1 on trees: other prompts keep their credit, and no edge of any gets NaN for a sample that is not below it."""
+    algorithm = make(cls, adv_std="group", step_share=1.0)
+    batch = collect(algorithm, ToyPolicy(), k=K)
+    before = batch.advantages
+    batch.rewards[3] = batch.scores["reward"][3] = float("nan")
+    after = algorithm.credit(batch)
+    others = ~batch.trajectory.leaves[:, batch.trajectory.group == 0].any(1)
+    if not algorithm.needs.history:  # whose short buffers are filled up with everybody's rewards
+        torch.testing.assert_close(after[others], before[others], rtol=0, atol=0, equal_nan=True)
+    some = (batch.trajectory.leaves & batch.rewards.isfinite()).any(1)
+    assert torch.equal(after.isnan(), before.isnan() | ~some)
+
+
 @every
 def test_constant_rewards_give_no_credit(cls):
     algorithm = cls()
-    batch = collect(algorithm, ToyPolicy())
+    batch = collect(algorithm, ToyPolicy(), k=K)
     batch.rewards = torch.full_like(batch.rewards, 0.3) + 1e-7 * torch.rand(len(batch.rewards))
-    assert (algorithm.credit(batch) == 0).all()
+    batch.scores = {"reward": batch.rewards}
+    batch.history = PromptHistory(K, 4)
+    for prompt, rewards in enumerate(batch.rewards.view(4, K)):
+        batch.history.add(prompt, rewards, 0)
+    credit = algorithm.credit(batch)
+    assert (credit.nan_to_num() == 0).all() and (credit == 0).any()
 
 
-@every
+@flat
 def test_credit_follows_the_samples_order(cls):
     """Renumbering the samples renumbers nothing else: an edge keeps its credit."""
-    algorithm = cls()
+    algorithm = make(cls, step_share=1.0)
     batch = collect(algorithm, ToyPolicy())
     before = algorithm.credit(batch)
     order = torch.randperm(batch.trajectory.num_leaves, generator=torch.Generator().manual_seed(0))
     shuffled = {name: getattr(batch.trajectory, name)[order] for name in ("x0", "group", "leaf_prompt")}
     fields = {
         name: getattr(batch.trajectory, name)
-        for name in ("x", "x_next", "t", "t_next", "step", "node", "prompt", "logprob")
+        for name in ("x", "x_next", "t", "t_next", "step", "state", "prompt", "eta", "logprob")
     }
     batch.trajectory = type(batch.trajectory)(leaves=batch.trajectory.leaves[:, order], **shuffled, **fields)
     batch.rewards = batch.rewards[order]
+    batch.scores = {"reward": batch.rewards}
     torch.testing.assert_close(algorithm.credit(batch), before, rtol=1e-6, atol=0)

@@ -96,11 +96,11 @@ def test_kl_gradient_pulls_back_to_the_initial_weights():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"window": 6}, r"window of 6 steps.*\[0, 5\) of 10.*smaller"),
+        ({"window": 6}, r"window=6 does not fit steps \[0, 5\) of 10.*smaller"),
         ({"window": 0}, "at least one"),
         ({"window": 2, "window_range": (8, 10)}, "last step always follows the ODE"),
         ({"window": 2, "window_range": (-1, 4)}, "does not fit"),
-        ({"window_range": (0, 4)}, "window is null; set window"),
+        ({"window_range": (0, 4)}, "there is none; set window"),
         ({"num_steps": 1}, "choose at least 2"),
         ({"eta": 0.0}, "adds no noise"),
         ({"eta": float("nan")}, "adds no noise"),

@@ -1,62 +1,350 @@
-"""The clipped objective against its cases, and its gradient against the closed form."""
+"""The objectives against their cases, closed-form gradients, published vectors and the densities of torch."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
 
-from flowrl.algorithms.objectives import clipped
+from flowrl.algorithms.objectives import MAX_LOG_RATIO, NEEDS_MEANS, Edges, Limits, Objective, objective
+
+NAMES = get_args(Objective)
+LIMITS = Limits(low=0.1, high=0.3, trust=0.2, dual=3.0)
+METRICS = {"ratio_mean", "ratio_max_dev", "clip_frac", "approx_kl", "clamp_frac"}
 
 
-def by_cases(log_ratio, advantage, low, high):
+def edges_of(log_ratio, advantages, **known):
+    """Edges of steps of std 0.5, each of a sample of its own, with no divergence, unless `known` says otherwise."""
+    num = len(log_ratio)
+    values = {
+        "logprob": torch.full((num,), -0.7),
+        "std": torch.full((num,), 0.5),
+        "h": torch.full((num,), 0.1),
+        "divergence": torch.zeros(num),
+        "segment": torch.arange(num),
+    }
+    return Edges(log_ratio=log_ratio, advantages=advantages, **(values | known))
+
+
+def some(num=200, scale=0.3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.randn(num, generator=generator, dtype=torch.float64)  # noqa: E731
+    return (scale * draw()).requires_grad_(), draw()
+
+
+def clipped_by_cases(log_ratio, advantage, low, high):
     ratio = math.exp(log_ratio)
     return max(-advantage * ratio, -advantage * min(max(ratio, 1 - low), 1 + high))
 
 
-@pytest.mark.parametrize("clip_range", [1e-4, 0.2, (0.1, 0.3)])
-def test_equals_the_cases(clip_range):
-    generator = torch.Generator().manual_seed(0)
-    log_ratio = 0.3 * torch.randn(200, generator=generator, dtype=torch.float64)
-    advantages = torch.randn(200, generator=generator, dtype=torch.float64)
-    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
-    loss, metrics = clipped(log_ratio, advantages, clip_range)
-    expected = [by_cases(r, a, low, high) for r, a in zip(log_ratio.tolist(), advantages.tolist(), strict=True)]
-    assert loss.tolist() == pytest.approx(expected, rel=1e-12)
-    ratio = log_ratio.exp()
-    assert float(metrics["clip_frac"]) == pytest.approx(float(((ratio < 1 - low) | (ratio > 1 + high)).double().mean()))
+def pairs(*tensors):
+    return zip(*(tensor.tolist() for tensor in tensors), strict=True)
+
+
+# ------------------------------------------------------------------------------------------- what all have in common
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_policy_the_loss_is_minus_the_advantage_and_so_is_the_gradient(name):
+    """The policy gradient theorem; guard's exponent is in units of std."""
+    log_ratio = torch.zeros(4, requires_grad=True)
+    advantages, std = torch.tensor([2.0, -0.5, 0.0, 1.0]), torch.tensor([0.1, 0.5, 0.5, 2.0])
+    segment = torch.tensor([0, 0, 0, 5])
+    loss, metrics = objective(name, edges_of(log_ratio, advantages, std=std, segment=segment), LIMITS)
+    loss.sum().backward()
+    assert torch.equal(loss, -advantages)
+    assert torch.equal(log_ratio.grad, -advantages * std if name == "guard" else -advantages)
+    assert metrics.keys() == METRICS
+    assert {key: float(value) for key, value in metrics.items()} == dict.fromkeys(METRICS, 0.0) | {"ratio_mean": 1.0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_an_advantage_there_is_exactly_nothing(name):
+    """Off-policy and in a sample whose other steps do have one."""
+    log_ratio, advantages = some()
+    advantages[::3] = 0
+    divergence = 0.3 * torch.rand(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    edges = edges_of(log_ratio, advantages, segment=torch.arange(200) // 5, divergence=divergence)
+    loss, _ = objective(name, edges, LIMITS)
+    loss.sum().backward()
+    assert (loss[::3] == 0).all() and (log_ratio.grad[::3] == 0).all()
+    assert (loss != 0).any() and (log_ratio.grad != 0).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [1e4, -1e4, float("inf"), -float("inf")])
+@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
+def test_huge_log_ratios_stay_finite_and_are_counted(name, value, advantage):
+    """N2."""
+    log_ratio = torch.tensor([value, 0.0], requires_grad=True)
+    loss, metrics = objective(name, edges_of(log_ratio, torch.tensor([advantage, 1.0])), LIMITS)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert log_ratio.grad.isfinite().all()
+    assert log_ratio.grad[0] == 0
+    assert log_ratio.grad[1] == (-0.5 if name == "guard" else -1)
+    assert metrics["clamp_frac"] == 0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_advantages_of_another_precision_are_taken(name):
+    loss, _ = objective(name, edges_of(torch.zeros(2), torch.tensor([1.0, -1.0], dtype=torch.float64)), LIMITS)
+    assert loss.dtype == torch.float32
+    assert loss.tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_means_are_asked_for_by_those_that_read_them(name):
+    """NEEDS_MEANS is what a run stores means for: it must be neither short nor long."""
+    edges = edges_of(torch.zeros(2), torch.ones(2), divergence=None)
+    if name in NEEDS_MEANS:
+        with pytest.raises(ValueError, match=f"'{name}' needs edges.divergence"):
+            objective(name, edges, LIMITS)
+    else:
+        objective(name, edges, LIMITS)
+
+
+def test_metrics_are_those_of_the_ratio():
+    log_ratio, advantages = some()
+    metrics = objective("clip", edges_of(log_ratio, advantages), LIMITS)[1]
+    ratio = log_ratio.detach().exp()
+    assert float(metrics["clip_frac"]) == pytest.approx(float(((ratio < 0.9) | (ratio > 1.3)).double().mean()))
+    assert float(metrics["ratio_mean"]) == pytest.approx(float(ratio.mean()))
     assert float(metrics["ratio_max_dev"]) == pytest.approx(float((ratio - 1).abs().max()))
-    assert float(metrics["approx_kl"]) == pytest.approx(float((log_ratio**2).mean() / 2))
+    assert float(metrics["approx_kl"]) == pytest.approx(float((ratio.log() ** 2).mean() / 2))
+    assert not any(value.requires_grad for value in metrics.values())
 
 
-def test_gradient_at_ratio_one_is_minus_the_advantage():
-    log_ratio = torch.zeros(3, requires_grad=True)
-    clipped(log_ratio, torch.tensor([2.0, -0.5, 0.0]), 1e-4)[0].sum().backward()
-    assert log_ratio.grad.tolist() == [-2.0, 0.5, 0.0]
+def test_an_unknown_objective_is_named():
+    with pytest.raises(ValueError, match="'ppo'; choose clip, dual_clip, gspo"):
+        objective("ppo", edges_of(torch.zeros(1), torch.ones(1)), LIMITS)
+
+
+# --------------------------------------------------------------------------------------------------- clip, dual_clip
+
+
+@pytest.mark.parametrize(("low", "high"), [(1e-4, 1e-4), (0.2, 0.2), (0.1, 0.3)])
+def test_clip_equals_the_cases(low, high):
+    log_ratio, advantages = some()
+    loss, _ = objective("clip", edges_of(log_ratio, advantages), LIMITS._replace(low=low, high=high))
+    expected = [clipped_by_cases(r, a, low, high) for r, a in pairs(log_ratio, advantages)]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_gradient_stops_only_on_the_good_side():
     """-A r where the ratio has moved against the advantage or not left the range, else 0."""
     log_ratio = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.05]).requires_grad_()
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
-    clipped(log_ratio, advantages, 0.1)[0].sum().backward()
+    objective("clip", edges_of(log_ratio, advantages), LIMITS._replace(low=0.1, high=0.1))[0].sum().backward()
     ratio = log_ratio.detach().exp()
     assert torch.equal(log_ratio.grad, -advantages * ratio * torch.tensor([0.0, 1, 1, 0, 1]))
 
 
-@pytest.mark.parametrize("value", [1e4, -1e4, float("inf"), -float("inf")])
-@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
-def test_huge_log_ratios_stay_finite_and_are_counted(value, advantage):
-    """N2."""
-    log_ratio = torch.tensor([value, 0.0], requires_grad=True)
-    loss, metrics = clipped(log_ratio, torch.tensor([advantage, 1.0]), 0.2)
+def test_dual_clip_caps_negative_advantages_only():
+    log_ratio, advantages = some(scale=1.5)
+    loss, metrics = objective("dual_clip", edges_of(log_ratio, advantages), LIMITS)
     loss.sum().backward()
-    assert loss.isfinite().all()
-    assert log_ratio.grad.isfinite().all()
-    assert log_ratio.grad[0] == 0
-    assert metrics["clamp_frac"] == 0.5
+    plain = [clipped_by_cases(r, a, 0.1, 0.3) for r, a in pairs(log_ratio, advantages)]
+    expected = [min(p, -3 * a) if a < 0 else p for p, a in zip(plain, advantages.tolist(), strict=True)]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-12)
+    ratio = log_ratio.detach().exp()
+    capped = (advantages < 0) & (ratio > 3)
+    assert capped.any() and (log_ratio.grad[capped] == 0).all()
+    assert (log_ratio.grad[(advantages < 0) & (ratio > 1.3) & ~capped] != 0).all()
+    assert float(metrics["clip_frac"]) == pytest.approx(float(((ratio < 0.9) | (ratio > 1.3)).double().mean()))
 
 
-def test_advantages_of_another_precision_are_taken():
-    loss, _ = clipped(torch.zeros(2), torch.tensor([1.0, -1.0], dtype=torch.float64), 0.2)
-    assert loss.dtype == torch.float32
-    assert loss.tolist() == [-1, 1]
+def test_dual_clip_counts_what_only_the_cap_cuts():
+    edges = edges_of(torch.tensor([0.2, 0.2, 0.0]), torch.tensor([-1.0, 1.0, -1.0]))
+    assert float(objective("dual_clip", edges, LIMITS._replace(dual=1.1))[1]["clip_frac"]) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("dual", [1.0, 0.5, float("nan")])
+def test_a_cap_at_ratio_one_is_refused(dual):
+    with pytest.raises(ValueError, match="more than 1"):
+        objective("dual_clip", edges_of(torch.zeros(1), torch.ones(1)), LIMITS._replace(dual=dual))
+
+
+# -------------------------------------------------------------------------------------------------------------- gspo
+
+
+def test_gspo_has_the_ratios_of_the_known_vectors():
+    """Two samples with log-ratios (.3, -.5) and (.1): s = exp(-.1), exp(.1)."""
+    log_ratio, segment = torch.tensor([0.3, 0.1, -0.5]), torch.tensor([7, 2, 7])
+    edges = edges_of(log_ratio, torch.tensor([1.0, -1.0, 1.0]), segment=segment)
+    loss, metrics = objective("gspo", edges, LIMITS._replace(low=0.2, high=0.2))
+    assert loss.tolist() == pytest.approx([-0.9048374, 1.1051710, -0.9048374], rel=1e-6)
+    assert float(metrics["clip_frac"]) == 0
+    assert float(metrics["approx_kl"]) == pytest.approx((0.3**2 + 0.5**2 + 0.1**2) / 6)
+
+
+def test_gspo_is_the_sequence_form_where_a_sample_has_one_advantage():
+    """Loss and gradient of n (segment's loss), the ratio clipped as a whole, in any order of the edges."""
+    log_ratio, advantages = some()
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+    segment = (torch.arange(200) // 7)[order]
+    advantages = advantages[segment]
+    loss, metrics = objective("gspo", edges_of(log_ratio, advantages, segment=segment), LIMITS)
+    loss.sum().backward()
+
+    other = log_ratio.detach().clone().requires_grad_()
+    total, outside = torch.zeros((), dtype=torch.float64), 0
+    for name in segment.unique():
+        mine = segment == name
+        ratio, advantage = other[mine].mean().exp(), advantages[mine][0]
+        value = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.9, 1.3))
+        assert loss[mine].tolist() == pytest.approx([value.item()] * int(mine.sum()), rel=1e-12)
+        total = total + mine.sum() * value
+        outside += int(mine.sum()) * bool(ratio < 0.9 or ratio > 1.3)
+    total.backward()
+    torch.testing.assert_close(log_ratio.grad, other.grad, rtol=1e-12, atol=1e-14)
+    assert (other.grad == 0).any() and (other.grad != 0).any()
+    assert float(metrics["clip_frac"]) == pytest.approx(outside / 200)
+
+
+def test_gspo_judges_a_sample_by_its_mean_even_where_single_steps_are_clamped():
+    log_ratio = torch.tensor([30.0, -30.0, 0.5, -0.5], requires_grad=True)
+    edges = edges_of(log_ratio, torch.ones(4), segment=torch.tensor([0, 0, 1, 1]))
+    loss, metrics = objective("gspo", edges, LIMITS)
+    loss.sum().backward()
+    assert loss.tolist() == [-1] * 4
+    assert log_ratio.grad.tolist() == [0, 0, -1, -1]
+    assert metrics["clamp_frac"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- cispo
+
+
+def test_cispo_weighs_the_gradient_of_the_new_logprob():
+    """-clip(r) A grad log pi, from the density itself; also where clip has no gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x, advantages = (torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(2))
+    mean = (0.5 * torch.randn(50, generator=generator, dtype=torch.float64)).requires_grad_()
+    old = Normal(torch.zeros(50, dtype=torch.float64), 0.8).log_prob(x)
+    log_ratio = Normal(mean, 0.8).log_prob(x) - old
+    loss, metrics = objective("cispo", edges_of(log_ratio, advantages), LIMITS)
+    found = torch.autograd.grad(loss.sum(), mean, retain_graph=True)[0]
+    weight = log_ratio.detach().exp().clamp(0.9, 1.3)
+    expected = torch.autograd.grad((-weight * advantages * Normal(mean, 0.8).log_prob(x)).sum(), mean)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss, -weight * advantages, rtol=1e-12, atol=0)
+    assert float(metrics["clip_frac"]) == pytest.approx(float((weight != log_ratio.exp()).double().mean()))
+    assert 0 < metrics["clip_frac"] < 1
+
+
+# --------------------------------------------------------------------------------------------------------- spo, drpo
+
+
+def test_spo_fades_turns_at_the_edge_and_comes_back():
+    """Weight of -A r's gradient: 1 - sign(A (r - 1)) |r - 1| / trust."""
+    log_ratio, advantages = some()
+    loss, metrics = objective("spo", edges_of(log_ratio, advantages), LIMITS)
+    loss.sum().backward()
+    for lr, a, value, grad in pairs(log_ratio, advantages, loss, log_ratio.grad):
+        r = math.exp(lr)
+        weight = 1 - math.copysign(1, a * (r - 1)) * abs(r - 1) / 0.2
+        assert value == pytest.approx(-a * r + abs(a) * (r - 1) ** 2 / 0.4, rel=1e-12)
+        assert grad == pytest.approx(-a * r * weight, rel=1e-9, abs=1e-12)
+    outside = (log_ratio.detach().exp() - 1).abs() > 0.2
+    assert float(metrics["clip_frac"]) == pytest.approx(float(outside.double().mean()))
+
+
+def test_drpo_has_the_known_values():
+    """trust .1, the probabilities of four tokens before and after: values of an independent computation."""
+    logprob = torch.tensor([-0.3, -0.9, -3.5, -0.05], dtype=torch.float64)
+    log_ratio = (torch.tensor([-0.2, -1.0, -3.0, -0.05], dtype=torch.float64) - logprob).requires_grad_()
+    advantages = torch.tensor([1.0, -2.0, 0.5, -1.0], dtype=torch.float64)
+    loss, _ = objective("drpo", edges_of(log_ratio, advantages, logprob=logprob), LIMITS._replace(trust=0.1))
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([-1.064200, 1.846493, -0.792590, 1.0], abs=1e-6)
+    assert log_ratio.grad.tolist() == pytest.approx([-0.244104, 1.109508, -0.662871, 1.0], abs=1e-6)
+
+
+def test_drpo_bounds_the_change_of_the_density():
+    """The gradient's weight is 1 - sign(A (r - 1)) |pi - mu| / trust, whatever the ratio."""
+    log_ratio, advantages = some()
+    logprob = torch.linspace(-4, 1, 200, dtype=torch.float64)
+    loss, _ = objective("drpo", edges_of(log_ratio, advantages, logprob=logprob), LIMITS)
+    loss.sum().backward()
+    for lr, a, before, grad in pairs(log_ratio, advantages, logprob, log_ratio.grad):
+        change = math.exp(before + lr) - math.exp(before)
+        expected = -a * math.exp(lr) * (1 - math.copysign(1, a * change) * abs(change) / 0.2)
+        assert grad == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------- guard, dppo
+
+
+def gaussian_steps(num=40, dims=12, moved=0.3, seed=0):
+    """Steps mu_old -> x_next = mu_old + std eps, seen by a policy whose mean has moved: all from torch's densities."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.randn(num, dims, generator=generator, dtype=torch.float64)  # noqa: E731
+    std = torch.linspace(0.05, 2.0, num, dtype=torch.float64)
+    eps, mean_old = draw(), draw()
+    mean = (mean_old + moved * std[:, None] * draw()).requires_grad_()
+    x_next = mean_old + std[:, None] * eps
+    old, new = Normal(mean_old, std[:, None]), Normal(mean, std[:, None])
+    log_ratio = (new.log_prob(x_next) - old.log_prob(x_next)).mean(1)
+    divergence = kl_divergence(new, old).mean(1)
+    return eps, mean_old, mean, edges_of(log_ratio, torch.ones(num), std=std, divergence=divergence)
+
+
+def test_guards_exponent_is_the_move_along_the_noise():
+    """(lr + divergence) std = mean_d(dmu eps), read off the loss -A r where nothing is clipped; so is its gradient."""
+    eps, mean_old, mean, edges = gaussian_steps()
+    loss, metrics = objective("guard", edges, LIMITS._replace(low=1.0, high=1e9))
+    along = ((mean - mean_old).detach() * eps).mean(1)
+    torch.testing.assert_close(loss, -along.exp(), rtol=1e-9, atol=0)
+    assert float(metrics["ratio_mean"]) == pytest.approx(float(along.exp().mean()))
+    found = torch.autograd.grad(loss.sum(), mean)[0]
+    torch.testing.assert_close(found, -along.exp()[:, None] * eps / eps.shape[1], rtol=1e-9, atol=1e-12)
+
+
+def test_guard_clips_the_normalised_ratio():
+    _, _, _, edges = gaussian_steps()
+    low, high = 0.05, 0.02
+    loss, metrics = objective("guard", edges, LIMITS._replace(low=low, high=high))
+    exponent = (edges.log_ratio + edges.divergence) * edges.std
+    expected = [clipped_by_cases(lr, 1.0, low, high) for lr in exponent.tolist()]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-12)
+    outside = (exponent.exp() < 1 - low) | (exponent.exp() > 1 + high)
+    assert float(metrics["clip_frac"]) == pytest.approx(float(outside.double().mean()))
+    assert 0 < metrics["clip_frac"] < 1
+
+
+def test_dppo_masks_what_is_far_and_moves_on():
+    _, _, _, edges = gaussian_steps(num=200)
+    log_ratio = edges.log_ratio.detach().requires_grad_()
+    advantages = torch.randn(200, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    trust = float(edges.divergence.detach().median())
+    edges = edges._replace(log_ratio=log_ratio, advantages=advantages)
+    loss, metrics = objective("dppo", edges, LIMITS._replace(trust=trust))
+    loss.sum().backward()
+    kinds = set()
+    for lr, a, far, value, grad in pairs(log_ratio, advantages, edges.divergence, loss, log_ratio.grad):
+        outwards = (a > 0 and lr > 0) or (a < 0 and lr < 0)
+        masked = far >= trust and outwards
+        expected = 0.0 if masked else -a * math.exp(lr)
+        assert (value, grad) == (pytest.approx(expected, rel=1e-12), pytest.approx(expected, rel=1e-12))
+        kinds.add((far >= trust, outwards, a > 0))
+    assert len(kinds) == 8
+    assert float(metrics["clip_frac"]) == pytest.approx(float((loss == 0).double().mean()))
+    assert 0 < metrics["clip_frac"] < 0.5
+
+
+def test_the_divergence_bounds_dppo_without_a_gradient_of_its_own():
+    _, _, mean, edges = gaussian_steps()
+    loss, _ = objective("dppo", edges, LIMITS._replace(trust=0.0))
+    found = torch.autograd.grad(loss.sum(), mean, retain_graph=True)[0]
+    kept = (edges.log_ratio <= 0).double()
+    expected = torch.autograd.grad((-kept * edges.log_ratio.exp()).sum(), mean)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_the_clamp_is_far_outside_of_use():
+    """Just inside it nothing is clamped."""
+    edges = edges_of(torch.tensor([MAX_LOG_RATIO - 0.01]), torch.ones(1))
+    loss, metrics = objective("dppo", edges, LIMITS)
+    assert float(loss) == pytest.approx(-math.exp(MAX_LOG_RATIO - 0.01), rel=1e-4)
+    assert metrics["clamp_frac"] == 0

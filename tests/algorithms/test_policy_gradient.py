@@ -1,12 +1,15 @@
 """The parts that methods compose, where Flow-GRPO and MixGRPO do not reach: trees and weighted edges."""
 
+import pytest
 import torch
 
 from flowrl.algorithms.flow_grpo import FlowGRPO
 from flowrl.algorithms.mix_grpo import MixGRPO
-from flowrl.algorithms.policy_gradient import clipped_policy_gradient, group_credit
-from samplers import Plan, branch_at
-from tests.algorithms.toy import ToyPolicy, collect
+from flowrl.algorithms.schedule import plans_of
+from samplers import Plan, branch_at, deterministic, linear_times
+from tests.algorithms.toy import ToyPolicy, collect, gradient, train
+
+TIMES = linear_times(5)
 
 
 class Tree(FlowGRPO):
@@ -22,12 +25,11 @@ def test_credit_of_a_tree_ignores_what_has_no_verdict():
     batch = collect(algorithm, ToyPolicy())
     batch.rewards[5] = float("nan")
     valid = ~batch.rewards.isnan()
-    settings = {"std": "group", "eps": 1e-4, "clip": 5.0}
-    credit = group_credit(batch, **settings)
+    credit = algorithm.credit(batch)
     alive = (batch.trajectory.leaves & valid).any(1)
     batch.trajectory, batch.rewards = batch.trajectory.keep_leaves(valid), batch.rewards[valid]
-    assert torch.equal(credit[alive], group_credit(batch, **settings))
-    assert (credit[~alive] == 0).all()
+    assert torch.equal(credit[alive], algorithm.credit(batch))
+    assert credit[~alive].isnan().all() and (~alive).any()
 
 
 def test_a_tree_is_on_policy_at_first():
@@ -36,16 +38,85 @@ def test_a_tree_is_on_policy_at_first():
     assert float(loss.metrics["ratio_max_dev"]) <= 1e-6
 
 
+class Weighted(MixGRPO):
+    """Edges weighted by their number."""
+
+    def weight(self, batch):
+        return torch.arange(len(batch.trajectory)).float()
+
+
 def test_weights_scale_the_edges_but_not_the_kl():
-    algorithm, policy = MixGRPO(num_steps=6, window=3), ToyPolicy()
-    batch = collect(algorithm, policy)
+    settings = {"num_steps": 6, "window": 3, "clip_range": 0.02}
+    policy = ToyPolicy()
+    batch = collect(MixGRPO(**settings), policy)
     with torch.no_grad():
         policy.bias += 0.05
-    settings = {"clip_range": 0.02, "kl_form": "exact"}
-    step = (algorithm.kernel, algorithm.eta)
-    weight = torch.arange(len(batch.trajectory)).float()
-    found = clipped_policy_gradient(policy, batch, *step, kl_coef=0.5, weight=weight, **settings)
-    ratio = clipped_policy_gradient(policy, batch, *step, weight=weight, **settings).value
-    torch.testing.assert_close(found.value, ratio + 0.5 * found.metrics["kl"])
-    batch.advantages = batch.advantages * weight
-    torch.testing.assert_close(clipped_policy_gradient(policy, batch, *step, **settings).value, ratio)
+    found = Weighted(**settings, kl_coef=0.5).loss(policy, batch)
+    without = Weighted(**settings).loss(policy, batch).value
+    assert found.metrics["kl"] > 0
+    torch.testing.assert_close(found.value, without + 0.5 * found.metrics["kl"])
+    batch.advantages = batch.advantages * Weighted(**settings).weight(batch)
+    torch.testing.assert_close(MixGRPO(**settings).loss(policy, batch).value, without)
+
+
+OBJECTIVES = {
+    "clip": {}, "dual_clip": {}, "gspo": {}, "cispo": {}, "spo": {"trust": 0.02}, "drpo": {"trust": 0.02},
+    "guard": {"clip_range": 0.01}, "dppo": {"trust": 1e-4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("sde", ["flow_sde", "cps"])
+def test_every_objective_starts_on_policy_and_learns(objective, sde):
+    settings = {"num_steps": 6, "sde": sde, "clip_range": 0.02, "kl_coef": 0.0, **OBJECTIVES[objective]}
+    algorithm, policy = FlowGRPO(objective=objective, **settings), ToyPolicy()
+    batch = collect(algorithm, policy)
+    loss, grad = gradient(algorithm, policy, batch)
+    assert float(loss.metrics["ratio_max_dev"]) <= 1e-6 and grad.isfinite().all() and (grad != 0).all()
+    assert float(loss.value.detach()) == pytest.approx(-float(batch.advantages.mean()), abs=1e-5)
+    _, records = train(algorithm, iterations=25, lr=0.05, updates=2)
+    assert records[-1]["reward"] > records[0]["reward"] + 0.5
+
+
+@pytest.mark.parametrize("combine", ["per_reward", "gdpo"])
+def test_each_reward_can_be_taken_by_itself(combine):
+    """Two rewards, one a thousand times the other: their sum would hide the small one, their advantages do not."""
+    algorithm = FlowGRPO(num_steps=4, combine=combine, adv_std="group", adv_eps=0.0, adv_clip=50.0)
+    assert algorithm.needs.scores and not FlowGRPO().needs.scores
+    batch = collect(algorithm, ToyPolicy())
+    small, large = torch.rand(2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batch.scores, batch.weights = {"small": small, "large": 1000 * large}, {"small": 3.0, "large": 1.0}
+    batch.rewards = 3 * small + 1000 * large
+    groups = [r.view(4, 8) for r in (small, large)]
+    parts = [(r - r.mean(1, True)) / r.std(1, keepdim=True, correction=0) for r in groups]
+    expected = (3 * parts[0] + parts[1]).flatten() / (4 if combine == "per_reward" else 1)
+    if combine == "gdpo":
+        expected = (expected - expected.mean()) / expected.std(correction=0)
+    torch.testing.assert_close(algorithm.credit(batch), expected.float().repeat(3))
+
+
+def test_edges_with_zero_credit_can_be_left_out():
+    algorithm = FlowGRPO(num_steps=4, drop_zero=True, adv_std="group")
+    batch = collect(algorithm, ToyPolicy())
+    batch.rewards[:8] = 1.0
+    credit = algorithm.credit(batch)
+    dead = batch.trajectory.leaves[:, :8].any(1)
+    assert torch.equal(credit.isnan(), dead) and dead.any()
+
+
+@pytest.mark.parametrize(
+    ("plans", "message"),
+    [
+        ([], "returned no plan"),
+        (deterministic(TIMES), "no step of the plan is stochastic"),
+        (branch_at(TIMES, [0], 3), "samples_per_prompt=8 is no multiple of the 3 samples"),
+        ([branch_at(TIMES, [0], 2), branch_at(TIMES, [0], 4)], "branch into the same number"),
+    ],
+)
+def test_impossible_plans_are_refused(plans, message):
+    class Planned(FlowGRPO):
+        def plan(self, times, iteration, samples_per_prompt, seed):
+            return plans
+
+    with pytest.raises(ValueError, match=message):
+        plans_of(Planned(num_steps=5), TIMES, 0, 8, 0)

@@ -3,14 +3,17 @@
 Symbols: P prompts, K samples a prompt, B = P K samples; two latent dimensions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from flowrl.algorithms.schedule import plans_of
+from flowrl.history import PromptHistory
 from flowrl.types import Algorithm, Batch, Cond, Loss, Prompt
-from samplers import noise_source, rollout, rows, shifted_times, stable_seed
+from samplers import Trajectory, noise_source, rollout, rows, shifted_times, stable_seed
 
 DIM = 2
 
@@ -23,7 +26,7 @@ class ToyPolicy(nn.Module):
         self.bias = nn.Parameter(torch.full((DIM,), bias))
         self.gain = nn.Parameter(torch.ones(()))
         self.initial = (self.bias.detach().clone(), self.gain.detach().clone())
-        self.calls = {"current": 0, "reference": 0}
+        self.calls = {"current": 0, "reference": 0, "teacher": 0}
         self.role = "current"
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -41,6 +44,16 @@ class ToyPolicy(nn.Module):
         finally:
             self.role = "current"
 
+    @contextmanager
+    def teacher(self, weights: str | None, guidance: float) -> Iterator[None]:
+        """The initial weights; guidance has no meaning here, and there are no others."""
+        assert weights is None
+        self.role = "teacher"
+        try:
+            yield
+        finally:
+            self.role = "current"
+
 
 def reward(x0: Tensor) -> Tensor:
     """Highest at (1, 1): -|x0 - 1|^2, [B]."""
@@ -48,42 +61,55 @@ def reward(x0: Tensor) -> Tensor:
 
 
 def collect(
-    algorithm: Algorithm, policy: ToyPolicy, iteration: int = 0, num_prompts: int = 4, k: int = 8, seed: int = 0
-) -> Batch:
-    """Roll out, score and credit P prompts with K samples each."""
-    plan = algorithm.plan(shifted_times(algorithm.num_steps, 3.0), iteration, k, seed)
-    prompt = torch.arange(num_prompts).repeat_interleave(k // plan.leaves_per_root)
-    member = torch.arange(k // plan.leaves_per_root).repeat(num_prompts) * plan.leaves_per_root
-    noise = noise_source((DIM,), seed=seed, iteration=iteration, prompt=prompt, member=member)
+    algorithm: Algorithm, policy: ToyPolicy, iteration: int = 0, num_prompts: int = 4, k: int = 8, seed: int = 0,
+    history: PromptHistory | None = None, reward: Callable[[Tensor], Tensor] = reward,
+) -> Batch:  # fmt: skip
+    """Roll out, score and credit P prompts with K samples each; edges with NaN credit are still there."""
+    plans = plans_of(algorithm, shifted_times(algorithm.num_steps, 3.0), iteration, k, seed)
+    width = plans[0].leaves_per_root
+    each = k // width
+    prompt = torch.arange(num_prompts).repeat_interleave(each)
+    number = torch.arange(each).repeat(num_prompts)
     cond = {"offset": torch.linspace(-0.5, 0.5, num_prompts)[:, None].repeat(1, DIM)}
-    roots = torch.arange(len(prompt))
-    trajectory = rollout(
-        lambda x, t, index: policy.velocity(x, t, {"offset": cond["offset"][index]}),
-        noise(roots, torch.zeros_like(roots), -1),
-        plan,
-        algorithm.kernel,
-        eta=algorithm.eta,
-        prompt=prompt,
-        group=prompt,
-        noise=noise,
-    )
+    tables, leaves = [], []
+    for index, plan in enumerate(plans):
+        mine = torch.nonzero(torch.arange(len(prompt)) % len(plans) == index).flatten()
+        roots = torch.arange(len(mine))
+        if len(mine):
+            noise = noise_source(
+                (DIM,), seed=seed, iteration=iteration, prompt=prompt[mine], member=number[mine] * width
+            )
+            tables.append(rollout(
+                lambda x, t, i: policy.velocity(x, t, {"offset": cond["offset"][i]}),
+                noise(roots, torch.zeros_like(roots), -1), plan, algorithm.kernel, eta=algorithm.eta,
+                prompt=prompt[mine], group=prompt[mine], noise=noise, keep_mean=algorithm.needs.means,
+            ))  # fmt: skip
+            leaves.append((mine[:, None] * width + torch.arange(width)).flatten())
+    trajectory = Trajectory.cat(tables).reorder_leaves(torch.cat(leaves).argsort())
     prompts = [Prompt(id=i, text=str(i)) for i in range(num_prompts)]
-    batch = Batch(prompts=prompts, cond=cond, trajectory=trajectory, leaf_prompt=trajectory.leaf_prompt)
+    batch = Batch(
+        prompts=prompts, cond=cond, trajectory=trajectory, leaf_prompt=trajectory.leaf_prompt, plans=plans,
+        iteration=iteration, seed=seed, groups=prompts,
+    )  # fmt: skip
     batch.rewards = reward(trajectory.x0)
+    batch.scores, batch.weights = {"reward": batch.rewards}, {"reward": 1.0}
+    batch.history = history or PromptHistory(32, num_prompts)
+    for number_of, rewards in enumerate(batch.rewards.view(num_prompts, k)):
+        batch.history.add(number_of, rewards, iteration)
     batch.advantages = algorithm.credit(batch)
     return batch
+
+
+def live(batch: Batch) -> Batch:
+    """Without the edges that are not trained on."""
+    assert batch.advantages is not None
+    return select(batch, torch.nonzero(~batch.advantages.isnan()).flatten())
 
 
 def select(batch: Batch, index: Tensor) -> Batch:
     """The minibatch of these edges."""
     assert batch.advantages is not None
-    return Batch(
-        prompts=batch.prompts,
-        cond=batch.cond,
-        trajectory=batch.trajectory.select(index),
-        leaf_prompt=batch.leaf_prompt,
-        advantages=batch.advantages[index],
-    )
+    return replace(batch, trajectory=batch.trajectory.select(index), advantages=batch.advantages[index])
 
 
 def gradient(algorithm: Algorithm, policy: ToyPolicy, batch: Batch, scale: float = 1.0) -> tuple[Loss, Tensor]:
@@ -98,10 +124,10 @@ def train(
     algorithm: Algorithm, iterations: int, lr: float, num_prompts: int = 4, k: int = 8, updates: int = 1, seed: int = 0
 ) -> tuple[ToyPolicy, list[dict[str, float]]]:
     """A plain training loop; the record of each iteration holds its mean reward and the metrics of its last update."""
-    policy, records = ToyPolicy(), []
+    policy, records, history = ToyPolicy(), [], PromptHistory(32, num_prompts)
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
     for iteration in range(iterations):
-        batch = collect(algorithm, policy, iteration, num_prompts, k, seed)
+        batch = live(collect(algorithm, policy, iteration, num_prompts, k, seed, history))
         order = torch.Generator().manual_seed(stable_seed(seed, iteration))
         for index in torch.randperm(len(batch.trajectory), generator=order).tensor_split(updates):
             optimizer.zero_grad()

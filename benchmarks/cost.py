@@ -31,13 +31,46 @@ class Case(NamedTuple):
     """Label of the row that its ratio is taken to: a floor that nothing can beat, or a peer."""
 
 
+EQUAL = (
+    "algorithm.num_steps=20", "data.prompts_per_iteration=6", "data.samples_per_prompt=16",
+    "optimizer.updates_per_iteration=3",
+)  # fmt: skip
+"""Equal work: 96 samples of 20 steps, three optimiser steps."""
+SLIDE = (  # over the whole grid, a step an iteration
+    "algorithm.window=4",
+    "algorithm.shift_every=1",
+    "algorithm.last_start=null",
+)
+TREE = ("algorithm.splits=[0,3,6,9]", "algorithm.prune_steps=[11,12,13,14,15,16,17,18]", "algorithm.prune_stop=11")
+
 CASES = (
-    Case("quickstart", "configs/quickstart.yaml", (), "quickstart"),
+    Case("dance_grpo", "configs/shapes/dance_grpo.yaml", EQUAL, "dance_grpo"),
+    Case("mix_grpo", "configs/shapes/mix_grpo.yaml", (*EQUAL, *SLIDE), "dance_grpo"),
+    Case("mix_grpo flash", "configs/shapes/mix_grpo_flash.yaml", (*EQUAL, *SLIDE), "dance_grpo"),
     Case(
-        "every step trained",
-        "configs/quickstart.yaml",
-        ("algorithm.window=null", "algorithm.window_range=null"),
-        "quickstart",
+        "mix_grpo flash*",
+        "configs/shapes/mix_grpo_flash.yaml",
+        (*EQUAL, "algorithm.window=4", "algorithm.last_start=null", "algorithm.strategy=frozen", "algorithm.tail=0.2"),
+        "dance_grpo",
+    ),
+    Case("branch_grpo", "configs/shapes/branch_grpo.yaml", (*EQUAL, TREE[0], "algorithm.prune_steps=[]"), "dance_grpo"),
+    Case(
+        "branch_grpo pruned",
+        "configs/shapes/branch_grpo.yaml",
+        (*EQUAL, *TREE, "algorithm.width=parent_top"),
+        "dance_grpo",
+    ),
+    Case(
+        "recompute",
+        "configs/shapes/flow_grpo.yaml",
+        ("optimizer.updates_per_iteration=1", "optimizer.update=recompute"),
+        "recompute",
+    ),
+    Case(
+        "single pass",
+        "configs/shapes/flow_grpo.yaml",
+        ("optimizer.updates_per_iteration=1", "optimizer.update=single_pass"),
+        "recompute",
     ),
 )
 

@@ -73,9 +73,9 @@ def predicted_calls(config: Config, algorithm: Algorithm, times: Tensor, iterati
         algorithm, plans_of(algorithm, times, iteration, data.samples_per_prompt, config.seed),
         prompts=data.prompts_per_iteration, samples_per_prompt=data.samples_per_prompt,
         guided=config.model.guidance > 1, updates=o.updates_per_iteration,
-        single_pass=o.single_pass(config.model.gradient_checkpointing),
+        single_pass=o.single_pass(config.model.gradient_checkpointing), iteration=iteration, seed=config.seed,
     )  # fmt: skip
-    return expected.rollout + expected.train + expected.reference
+    return expected.rollout + expected.train + expected.reference + expected.teacher
 
 
 def affordable(config: Config, budget: int) -> tuple[int, int]:

@@ -51,9 +51,9 @@ a list: `rewards.0.weight=0.5`. A whole list is written `'rewards=[{use: shapes}
 **The dialect** is the core of YAML 1.2: `1e-4` is a number, `no` is a word. A key that stands twice, a tag, an anchor
 and an alias are refused. An unknown key is an error that names the nearest known one; nothing is ignored in silence.
 
-**Names.** `algorithm.name`, `model.family`, `engine.name` and `rewards.*.use` take a file of the package (`mix_grpo`),
-something importable (`package.module:Name`), or a file of yours (`./mine.py:Name`). Naming a file runs it: read a
-config from elsewhere as you would read a program.
+**Names.** `algorithm.name`, `model.family`, `engine.name`, `data.curriculum` and `rewards.*.use` take a name of the
+package (`mix_grpo`), something importable (`package.module:Name`), or a file of yours (`./mine.py:Name`). Naming a file
+runs it: read a config from elsewhere as you would read a program.
 """
 
 SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (

@@ -75,41 +75,51 @@ def roll_out(
     keeps the graphs of the stored states for a single-pass update.
     """
     width = plans[0].leaves_per_root
-    roots_each = samples_per_prompt // width
-    prompt = torch.arange(len(prompts)).repeat_interleave(roots_each)
+    prompt, number = roots_of_prompts(plans, len(prompts), samples_per_prompt)
     slot = torch.tensor(list(slots), dtype=torch.long)[prompt]
-    number = torch.arange(roots_each).repeat(len(prompts))  # of the root among its prompt's
-    plan_of = (slot * roots_each + number) % len(plans)
     shape = policy.model.noise_shape(geometry.height, geometry.width, geometry.frames)
     cond = conditions([p.text for p in prompts])
-    tables, roots = [], []
-    for index, plan in enumerate(plans):
-        mine = torch.nonzero(plan_of == index).flatten()
-        if len(mine):
-            noise = noise_source(
-                shape, seed=seed, iteration=iteration, prompt=slot[mine], member=number[mine] * width,
-                device=policy.device,
-            )  # fmt: skip
-            root = torch.arange(len(mine))
-            with policy.role("rollout"):
-                tables.append(rollout(
-                    lambda x, t, i: policy.velocity(x, t, take(cond, i)), noise(root, torch.zeros_like(root), -1), plan,
-                    algorithm.kernel, eta=algorithm.eta, prompt=prompt[mine], group=slot[mine], noise=noise,
-                    micro_batch=geometry.rollout_batch, keep_mean=algorithm.needs.means,
-                    stored_velocity=recorder and (lambda x, t, i: recorder(x, t, take(cond, i))),
-                ))  # fmt: skip
-            roots.append(mine)
-    trajectory = tables[0] if len(tables) == 1 else _in_order(Trajectory.cat(tables), torch.cat(roots), width)
+
+    def walk(plan: Plan, mine: Tensor) -> Trajectory:
+        root = torch.arange(len(mine))
+        noise = noise_source(
+            shape, seed=seed, iteration=iteration, prompt=slot[mine], member=number[mine] * width, device=policy.device
+        )
+        return rollout(
+            lambda x, t, i: policy.velocity(x, t, take(cond, i)), noise(root, torch.zeros_like(root), -1), plan,
+            algorithm.kernel, eta=algorithm.eta, prompt=prompt[mine], group=slot[mine], noise=noise,
+            micro_batch=geometry.rollout_batch, keep_mean=algorithm.needs.means,
+            stored_velocity=recorder and (lambda x, t, i: recorder(x, t, take(cond, i))),
+        )  # fmt: skip
+
+    with policy.role("rollout"):
+        trajectory = grow(plans, slot * int(samples_per_prompt // width) + number, walk)
     return Batch(
         prompts=list(prompts), cond=cond, trajectory=trajectory, leaf_prompt=trajectory.leaf_prompt, plans=tuple(plans),
         iteration=iteration, seed=seed, velocity=recorder and recorder.result(),
     )  # fmt: skip
 
 
-def _in_order(table: Trajectory, roots: Tensor, width: int) -> Trajectory:
-    """A table of several plans' rollouts with the samples in the order of their roots, `width` samples each."""
-    leaf = (roots[:, None] * width + torch.arange(width)).flatten()
-    return table.reorder_leaves(leaf.argsort().to(table.x0.device))
+def roots_of_prompts(plans: Sequence[Plan], num_prompts: int, samples_per_prompt: int) -> tuple[Tensor, Tensor]:
+    """Of each root of P prompts, the prompt's index and the root's number among those of its prompt."""
+    each = samples_per_prompt // plans[0].leaves_per_root
+    return torch.arange(num_prompts).repeat_interleave(each), torch.arange(each).repeat(num_prompts)
+
+
+def grow(plans: Sequence[Plan], place: Tensor, walk: Callable[[Plan, Tensor], Trajectory]) -> Trajectory:
+    """Every root walked along its plan, with the samples in the order of the roots.
+
+    `place` [R] is each root's number in the whole iteration: plans are dealt by it, in turn. `walk(plan, roots)` rolls
+    the roots of these indices out.
+    """
+    mine = [torch.nonzero(place % len(plans) == index).flatten() for index in range(len(plans))]
+    dealt = [(plan, roots) for plan, roots in zip(plans, mine, strict=True) if len(roots)]
+    tables = [walk(plan, roots) for plan, roots in dealt]
+    if len(tables) == 1:
+        return tables[0]
+    width = torch.arange(plans[0].leaves_per_root)
+    leaf = torch.cat([(roots[:, None] * len(width) + width).flatten() for _, roots in dealt])
+    return Trajectory.cat(tables).reorder_leaves(leaf.argsort().to(tables[0].x0.device))
 
 
 def sample(

@@ -236,7 +236,8 @@ class OptimizerConfig(Section):
     """`single_pass` keeps the rollout's graphs: an update needs no second forward pass. For one update an iteration.
 
     `recompute` evaluates the stored states again. auto = single_pass where it gives the same gradient (one update an
-    iteration, no micro_batch, no gradient checkpointing) and its graphs fit into half of the free memory.
+    iteration, no micro_batch, no gradient checkpointing), its graphs fit into half of the free memory, and two thirds
+    of the states are trained on: it walks back through all of them.
     """
     micro_batch: Count | None = None
     """Distinct states in one forward and backward pass; null = all of an update. Memory only, up to rounding."""
@@ -436,8 +437,11 @@ def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
         for index in (i for i, entry in enumerate(config.rewards) if entry.gate is not None):
             text = "cuts the total, but this method takes each reward by itself; drop the gate, or set combine=sum"
             yield ("rewards", index, "gate"), text
-    if algorithm.needs.history and not config.data.history:
-        yield ("data", "history"), f"{config.algorithm.name} compares with earlier rewards; set it to 16 or more"
+    if config.data.history < algorithm.needs.history:
+        text = (
+            f"{config.algorithm.name} compares with a prompt's last {algorithm.needs.history} rewards; remember as many"
+        )
+        yield ("data", "history"), text
     times = torch.linspace(1.0, 0.0, algorithm.num_steps + 1)
     for iteration in dict.fromkeys((0, config.iterations - 1)):
         try:
@@ -488,9 +492,12 @@ def _deep_problems(config: Config) -> Iterator[tuple[Key, str]]:
         except RewardError as error:
             yield ("rewards", index), str(error)
     try:
-        PromptSampler(load_prompts(config.data.prompts), config.data.prompts_per_iteration, balance=config.data.balance)
+        prompts = load_prompts(config.data.prompts)
+        sampler = PromptSampler(prompts, config.data.prompts_per_iteration, balance=config.data.balance)
     except DataError as error:
         yield ("data", "prompts"), str(error)
+    else:
+        yield from _curriculum_problems(config, sampler, prompts)
     try:
         load_prompts(config.data.eval_prompts or "shapes", "held_out")
     except DataError as error:
@@ -503,6 +510,19 @@ def _deep_problems(config: Config) -> Iterator[tuple[Key, str]]:
         yield ("model", "path"), f"the folder {path} does not exist{nearest(path.name, known)}"
 
 
+def _curriculum_problems(config: Config, sampler: Any, prompts: Any) -> Iterator[tuple[Key, str]]:
+    """A curriculum that does not exist, or that these prompts do not suit."""
+    from flowrl.curriculum import curriculum
+    from flowrl.history import PromptHistory
+
+    if config.data.curriculum:
+        try:
+            weights = curriculum(config.data.curriculum)(PromptHistory(config.data.history, len(prompts)), prompts, 0)
+            sampler(0, weights)
+        except ValueError as error:  # DataError and ResolveError are such
+            yield ("data", "curriculum"), str(error)
+
+
 def _teacher_problems(config: Config) -> Iterator[tuple[Key, str]]:
     """Teachers that are not there, and prompts that a method with a `check_prompts` cannot teach."""
     from flowrl.data import DataError, load_prompts
@@ -510,7 +530,7 @@ def _teacher_problems(config: Config) -> Iterator[tuple[Key, str]]:
     from flowrl.policy import exported_weights
 
     algorithm = config.algorithm.build()
-    for folder in algorithm.needs.teachers:
+    for folder in (teacher for teacher in algorithm.needs.teachers if teacher is not None):
         try:
             exported_weights(folder)
         except ModelError as error:
@@ -534,7 +554,7 @@ def dump(config: Config) -> str:
 _FREE = (
     "name", "output_dir", "checkpoint_every", "keep_checkpoints", "evaluate_every", "engine", "log",
     "model.decode_micro_batch", "model.rollout_micro_batch", "model.gradient_checkpointing", "optimizer.micro_batch",
-    "data.max_no_verdict", "data.evaluation.batch_size", "data.evaluation.grid_prompts", "data.evaluation.headline",
+    "optimizer.update", "data.max_no_verdict", "data.evaluation.batch_size", "data.evaluation.grid_prompts", "data.evaluation.headline",
 )  # fmt: skip
 _FREE_REWARD = ("device", "batch_size", "cache")
 

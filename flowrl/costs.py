@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flowrl.types import Algorithm
-from samplers import Plan
+import torch
+from torch import Tensor
+
+from flowrl.collect import grow, roots_of_prompts
+from flowrl.history import PromptHistory
+from flowrl.types import Algorithm, Batch, Prompt
+from samplers import Plan, Trajectory, rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,31 +29,57 @@ class Cost:
     rollout: int
     train: int
     reference: int
+    teacher: int
     updates: int
 
 
 def cost(
     algorithm: Algorithm, plans: Sequence[Plan], *, prompts: int, samples_per_prompt: int, guided: bool, updates: int,
-    single_pass: bool = False,
+    single_pass: bool = False, iteration: int = 0, seed: int = 0,
 ) -> Cost:  # fmt: skip
-    """The call counts of an iteration in which every edge is trained on.
+    """The call counts of an iteration in which every sample gets a verdict, and no two the same.
 
-    The roots are dealt to the plans in turn. With R roots a plan costs g calls(R) in the rollout, and g M each in
-    training (none in a single pass) and, where the loss has a KL, for the reference; M = R * sum of nodes(step) over
-    the stochastic steps: siblings leave from one state, which is evaluated once. A linear rollout has M = E. g is 2
-    with guidance.
+    Counted on the iteration itself, walked with latents of one number: what the plans evaluate, and which of the stored
+    states the method's credit leaves in training. Siblings leave from one state, which is evaluated once. Guidance
+    doubles a call; a single pass trains without calls; a KL asks the reference, and a distillation its teachers, once
+    for each trained state.
     """
-    branches = 2 if guided else 1
-    roots = prompts * samples_per_prompt // plans[0].leaves_per_root
-    shares = [len(range(index, roots, len(plans))) for index in range(len(plans))]
-    dealt = list(zip(plans, shares, strict=True))
-    states = sum(share * sum(plan.nodes(step) for step in plan.stochastic_steps) for plan, share in dealt)
+    branches, needs = 2 if guided else 1, algorithm.needs
+    batch = _sketch(algorithm, plans, prompts, samples_per_prompt, iteration, seed)
+    edges = batch.trajectory.select(~algorithm.credit(batch).isnan())
+    states = len(edges.state.unique())
     return Cost(
-        prompts=prompts, samples=prompts * samples_per_prompt, roots=roots,
-        edges=sum(plan.num_edges(share) for plan, share in dealt), states=states,
-        rollout=branches * sum(plan.calls(share) for plan, share in dealt),
-        train=0 if single_pass else branches * states,
-        reference=branches * states if algorithm.needs.reference else 0, updates=updates,
+        prompts=prompts, samples=prompts * samples_per_prompt,
+        roots=prompts * samples_per_prompt // plans[0].leaves_per_root, edges=len(edges), states=states,
+        rollout=branches * batch.trajectory.calls, train=0 if single_pass else branches * states,
+        reference=branches * states if needs.reference else 0,
+        teacher=(2 if needs.guidance > 1 else 1) * states if needs.teachers else 0, updates=updates,
+    )  # fmt: skip
+
+
+def _sketch(
+    algorithm: Algorithm, plans: Sequence[Plan], num_prompts: int, samples_per_prompt: int, iteration: int, seed: int
+) -> Batch:
+    """An iteration of the right shape: its table has latents of one number, its rewards are all different."""
+    prompt, number = roots_of_prompts(plans, num_prompts, samples_per_prompt)
+    groups = [Prompt(id=i, text="") for i in range(num_prompts)]
+
+    def walk(plan: Plan, mine: Tensor) -> Trajectory:
+        return rollout(
+            lambda x, t, i: torch.zeros_like(x), torch.zeros(len(mine), 1), plan, algorithm.kernel, eta=algorithm.eta,
+            prompt=prompt[mine], group=prompt[mine], noise=lambda root, member, step: torch.zeros(len(root), 1),
+        )  # fmt: skip
+
+    place = prompt * (samples_per_prompt // plans[0].leaves_per_root) + number
+    trajectory = grow(plans, place, walk)
+    rewards = torch.linspace(0, 1, num_prompts * samples_per_prompt, dtype=torch.float64)
+    history = PromptHistory(max(samples_per_prompt, algorithm.needs.history), num_prompts)
+    for index, row in enumerate(rewards.view(num_prompts, samples_per_prompt)):
+        history.add(index, row, iteration)
+    return Batch(
+        prompts=groups, groups=groups, cond={}, trajectory=trajectory, leaf_prompt=trajectory.leaf_prompt,
+        plans=tuple(plans), iteration=iteration, seed=seed, rewards=rewards, scores={"reward": rewards},
+        weights={"reward": 1.0}, history=history,
     )  # fmt: skip
 
 
@@ -60,20 +91,20 @@ def describe(
     c = cost(
         algorithm, plans, prompts=data.prompts_per_iteration, samples_per_prompt=data.samples_per_prompt,
         guided=config.model.guidance > 1, updates=o.updates_per_iteration,
-        single_pass=o.single_pass(config.model.gradient_checkpointing),
+        single_pass=o.single_pass(config.model.gradient_checkpointing), seed=config.seed,
     )  # fmt: skip
     marks = " ".join("".join("S" if s else "." for s in plan.stochastic) for plan in plans)
     shared = f", {c.roots} starts: each group shares its first noise" if c.roots < c.samples else ""
     weights = "LoRA" if config.model.lora else "full weights"
     steps = f"{plans[0].num_steps}, first iteration {marks} (S = stochastic and trained)"
-    reference = f" + {c.reference} reference" if c.reference else ""
+    others = "".join(f" + {n} {what}" for what, n in (("reference", c.reference), ("teacher", c.teacher)) if n)
     train = f"{c.train} train" if c.train else "no more to train (single pass)"
     return [
         ("model", f"{config.model.path}, guidance {config.model.guidance:g}, {weights}"),
         ("algorithm", f"{config.algorithm.name}"),
         ("samples", f"{c.prompts} prompts x {data.samples_per_prompt} = {c.samples} an iteration{shared}"),
         ("steps", f"{steps}; evaluation {data.evaluation.num_steps}"),
-        ("denoiser calls", f"{c.rollout} rollout + {train}{reference} an iteration"),
+        ("denoiser calls", f"{c.rollout} rollout + {train}{others} an iteration"),
         ("updates", f"{c.updates} an iteration, {c.edges} stored steps from {c.states} states"),
         ("trainable", f"{trainable:,} parameters"),
         ("length", f"{config.iterations} iterations on {world} process{'es' if world > 1 else ''}"),

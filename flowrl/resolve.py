@@ -115,11 +115,18 @@ def _offers(path: Path) -> bool:
     except (SyntaxError, ValueError):
         return True  # listed all the same: importing it is what tells its author what is wrong
     classes = [node for node in body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    classes = [cls for cls in classes if not _is_abstract(cls)]
     return (
         any(isinstance(node, ast.FunctionDef) and node.name == "load" for node in body)
         or any(isinstance(item, ast.FunctionDef) and item.name in _METHODS for cls in classes for item in cls.body)
         or any({ast.unparse(base) for base in cls.bases} - _NO_BASE for cls in classes)
     )
+
+
+def _is_abstract(cls: ast.ClassDef) -> bool:
+    """Whether a class leaves a method to those that derive from it, as what a family shares does."""
+    methods = (item for item in cls.body if isinstance(item, ast.FunctionDef))
+    return any("abstractmethod" in ast.unparse(decorator) for item in methods for decorator in item.decorator_list)
 
 
 def _import(path: str, name: str) -> ModuleType:
@@ -147,7 +154,7 @@ def _pick(module: ModuleType, attribute: str, name: str) -> Any:
         raise ResolveError(f"{name!r}: there is no {attribute!r}{nearest(attribute, public)}. It has: {there}")
     if inspect.isfunction(public.get("load")):
         return public["load"]
-    classes = [value for value in public.values() if inspect.isclass(value)]
+    classes = [value for value in public.values() if inspect.isclass(value) and not inspect.isabstract(value)]
     for method in _METHODS:
         fitting = [cls for cls in classes if callable(getattr(cls, method, None))]
         classes = fitting or classes

@@ -39,7 +39,7 @@ from flowrl.log import RunLog, plain, write_atomic
 from flowrl.metrics import PhaseTimer
 from flowrl.models.pipeline import load
 from flowrl.policy import Policy
-from flowrl.record import Recorder
+from flowrl.record import Recorder, unless_wasteful
 from flowrl.report import headline, save_grid, table_lines, write_report
 from flowrl.resolve import resolve
 from flowrl.types import Algorithm, Batch, Prompt
@@ -196,6 +196,7 @@ class Trainer:
             everyone = self._with_everyones_rewards(batch, table, scores)
             advantages = self.algorithm.credit(replace(everyone, groups=prompts, history=self.history))
             batch = credited(replace(batch, rewards=result.total.double()), advantages)
+            batch = unless_wasteful(batch) if config.optimizer.update == "auto" else batch
 
         with phase("update"):
             key = stable_seed(config.seed, iteration, -2)
@@ -230,7 +231,8 @@ class Trainer:
         return Policy(
             load_model(config), lora=config.model.lora and config.model.lora.model_dump(),
             guidance=config.model.guidance, ema_decay=config.optimizer.ema_decay,
-            reference=needs.reference, teachers=needs.teachers, largest_guidance=needs.guidance,
+            reference=needs.reference or None in needs.teachers, teachers=[t for t in needs.teachers if t is not None],
+            largest_guidance=needs.guidance,
             device=self.engine.device, seed=config.seed,
             gradient_checkpointing=config.model.gradient_checkpointing,
         )  # fmt: skip

@@ -94,10 +94,10 @@ class Needs(NamedTuple):
     """All stored steps of a sample in one optimiser step and one forward pass."""
     scores: bool = False
     """Each reward by itself, in `batch.scores`."""
-    history: bool = False
-    """Rewards of earlier iterations, in `batch.history`."""
-    teachers: tuple[str, ...] = ()
-    """Exported weights that `policy.teacher` can be asked for."""
+    history: int = 0
+    """How many rewards of each prompt, of this and earlier iterations, must be remembered in `batch.history`."""
+    teachers: tuple[str | None, ...] = ()
+    """Exported weights (None: the initial ones) that `policy.teacher` is asked for, one of them at each state."""
     guidance: float = 1.0
     """The largest guidance that `policy.teacher` is asked for."""
     differentiable_reward: bool = False

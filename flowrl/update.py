@@ -153,9 +153,11 @@ def deal(
     out = torch.full((len(trajectory),), -1)
     leaf = trajectory.leaves.int().argmax(1).cpu() % width
     plan_of = torch.arange(num_prompts * each) % len(plans)
+    dealt = 0  # the next step's first state goes where the last one's left off: plans of one step each add up evenly
     for step in sorted({step for plan in plans for step in plan.stochastic_steps}):
         nodes = torch.tensor([plan.nodes(step) if plan.stochastic[step] else 0 for plan in plans])[plan_of]
-        hand = _hands(int(nodes.sum()), updates, key, step)
+        hand = (_hands(int(nodes.sum()), updates, key, step) + dealt) % updates
+        dealt += int(nodes.sum())
         rows = torch.nonzero(trajectory.step.cpu() == step).flatten()
         place = leaf[rows] * nodes[root[rows]] // width  # of the state among those of its root
         out[rows] = hand[(nodes.cumsum(0) - nodes)[root[rows]] + place]

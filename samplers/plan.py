@@ -266,8 +266,9 @@ def compress_tail(times: Times, step: int, share: float) -> tuple[float, ...]:
 
     Of T steps, the times up to ``step`` stay; behind them come n = int((T - step) share) points from the next time to
     0, equally spaced in the grid's own index. A rollout then takes step + n instead of T evaluations.
-    Note: the public code takes n = 1 near the clean end and then never reaches 0; here n is at least 2 (but at most
-    what the grid had).
+    Note: the public code takes n = 1 near the clean end and then never reaches 0. With n = 2 a single step does, which
+    ends in the mean of what is possible and loses the spread; here n is at least 3 (but at most what the grid had).
+    Note: between the grid's times a straight line is drawn; the public code shifts equal steps anew (0.002 apart).
     """
     grid = _floats(times)
     left = len(grid) - 1 - step
@@ -276,7 +277,7 @@ def compress_tail(times: Times, step: int, share: float) -> tuple[float, ...]:
             f"cannot compress the steps behind step {step} of {len(grid) - 1} to a share of {share:g}; "
             "the share lies in (0, 1], and the step must exist."
         )
-    points = min(max(int(left * share + 1e-9), 2), left)
+    points = min(max(int(left * share + 1e-9), 3), left)
     places = (
         torch.linspace(step + 1, len(grid) - 1, points, dtype=torch.float64).tolist() if points > 1 else [left + step]
     )

@@ -32,7 +32,7 @@ def classes_by_file(package, belongs) -> dict[str, str]:
     return found
 
 
-METHODS = classes_by_file(flowrl.algorithms, lambda cls: issubclass(cls, Hyperparameters) and hasattr(cls, "plan"))
+METHODS = classes_by_file(flowrl.algorithms, lambda cls: issubclass(cls, Hyperparameters) and not inspect.isabstract(cls))
 MODELS = classes_by_file(flowrl.models, lambda cls: callable(getattr(cls, "velocity", None)))
 
 

@@ -30,6 +30,14 @@ KINDS = {
         "optimizer.ema_decay": None,
         "optimizer.weight_decay": 0.01,
     },
+    "ddpo, curriculum, single pass": {
+        "algorithm": {"name": "ddpo", "num_steps": 4, "clip_range": 1e-2, "min_count": 8},
+        "data.history": 12,
+        "data.curriculum": "learnable",
+        "data.prompts_per_iteration": 2,
+        "data.evaluation": {"num_samples": 4, "num_steps": 3, "grid_prompts": 2},
+        "optimizer.update": "single_pass",
+    },
 }
 SOMETIMES = """
 if calls == {at} and {when} and os.path.exists({flag!r}):

@@ -20,7 +20,6 @@ from flowrl.algorithms.schedule import check_group_size, training_times
 from flowrl.types import Batch, Needs
 from samplers import Plan, all_steps
 
-
 _UNREAD = ("combine", "baseline", "adv_std", "adv_floor", "unbiased")
 
 
@@ -52,7 +51,7 @@ class DDPO(PolicyGradient):
     @property
     def needs(self) -> Needs:
         """The rewards that the prompts got before."""
-        return super().needs._replace(history=True)
+        return super().needs._replace(history=self.min_count)
 
     def plan(self, times: Tensor, iteration: int, samples_per_prompt: int, seed: int) -> Plan:
         """All steps but the last."""
@@ -69,7 +68,7 @@ class DDPO(PolicyGradient):
         if batch.history.size < self.min_count:
             raise ValueError(
                 f"data.history={batch.history.size} keeps fewer rewards of a prompt than algorithm.min_count="
-                f"{self.min_count}, so that its own statistics would never be taken; raise the first or lower the other."
+                f"{self.min_count}, so that its own statistics are never taken; raise the first or lower the second."
             )
         buffers = [batch.history.rewards(prompt.id) for prompt in batch.groups]
         found = running_advantages(

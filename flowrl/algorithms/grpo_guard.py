@@ -46,6 +46,8 @@ class GRPOGuard(PolicyGradient):
         plan = all_or_window(grid, iteration, self.window, self.window_range, seed)
         return share_noise(plan, samples_per_prompt) if self.shared_noise else plan
 
-    def weight(self, batch: Batch) -> Tensor:
+    def weight(self, batch: Batch) -> Tensor | None:
         """1 / (num_steps dt): undoes the factor dt that the normalised ratio leaves in the gradient."""
+        if self.objective != "guard":
+            return None
         return torch.reciprocal(self.num_steps * (batch.trajectory.t - batch.trajectory.t_next))

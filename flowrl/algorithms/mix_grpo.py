@@ -29,7 +29,8 @@ class MixGRPO(PolicyGradient):
     Note: the public code's window shrinks and vanishes at the clean end; here it keeps its width (see `samplers`).
     Note: the paper's grid is `shift: 3` over equal steps; by default the model's own grid is taken.
     Note: exp_decay starts at step 13 of 25 in the public code; here at the same share of any num_steps.
-    Note: Flash's public code ends late windows above 0; here every tail has at least two points and ends at 0.
+    Note: Flash's public code ends late windows above 0; here every tail has at least three points and ends at 0.
+    Note: Flash's public code takes its solver behind the window only; here it is that of the ODE steps before it too.
     """
 
     num_steps: fields.NumSteps = 25

@@ -90,8 +90,7 @@ class OPD(Hyperparameters):
     def needs(self) -> Needs:
         """The teachers, and the empty prompt's conditions where one of them is guided."""
         return Needs(
-            reference=None in self.teachers.values(),
-            teachers=tuple(dict.fromkeys(weights for weights in self.teachers.values() if weights is not None)),
+            teachers=tuple(dict.fromkeys(self.teachers.values())),
             guidance=max(self._guidance(domain) for domain in self.teachers),
         )
 

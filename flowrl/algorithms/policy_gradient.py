@@ -3,6 +3,8 @@
 A method is a `PolicyGradient` with a plan of its own; where it differs in credit or weight it brings those too.
 """
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -15,7 +17,7 @@ from flowrl.algorithms.advantages import Advantages, combined_advantages, group_
 from flowrl.algorithms.kl import Step, step_kl
 from flowrl.algorithms.objectives import NEEDS_MEANS, NEEDS_SEGMENTS, Edges, Limits, objective
 from flowrl.types import Batch, Hyperparameters, Loss, Needs, Policy
-from samplers import Kernel, Transition, gaussian_kl, gaussian_logprob
+from samplers import Kernel, Plan, Transition, gaussian_kl, gaussian_logprob
 
 
 class PolicyGradient(Hyperparameters):
@@ -59,6 +61,10 @@ class PolicyGradient(Hyperparameters):
     def kernel(self) -> Kernel:
         """The step named by `sde`."""
         return fields.resolve_kernel(self.sde)
+
+    @abstractmethod
+    def plan(self, times: Tensor, iteration: int, samples_per_prompt: int, seed: int) -> Plan | Sequence[Plan]:
+        """Which steps are stochastic or branch; see `flowrl.types.Algorithm`."""
 
     def sample_advantages(self, batch: Batch, group: Tensor | None = None) -> Advantages:
         """Advantages of the samples [B], against those of their prompt's group (or of other groups [B])."""

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from flowrl.algorithms import fields
-from flowrl.algorithms.advantages import STD_FLOOR, win_rates
+from flowrl.algorithms.advantages import win_rates
 from flowrl.algorithms.filtering import random_steps
 from flowrl.algorithms.policy_gradient import PolicyGradient
 from flowrl.algorithms.schedule import check_group_size, share_noise, training_times
@@ -49,7 +49,7 @@ class PrefGRPO(PolicyGradient):
             ge=0,
             allow_inf_nan=False,
         ),
-    ] = STD_FLOOR  # below it a difference is rounding, which 0 would turn into wins
+    ] = 0.0
     shared_noise: fields.SharedNoise = True
 
     def plan(self, times: Tensor, iteration: int, samples_per_prompt: int, seed: int) -> Plan:

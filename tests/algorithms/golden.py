@@ -10,8 +10,17 @@ import json
 import sys
 from pathlib import Path
 
+from flowrl.algorithms.branch_grpo import BranchGRPO
+from flowrl.algorithms.dance_grpo import DanceGRPO
+from flowrl.algorithms.ddpo import DDPO
+from flowrl.algorithms.flash_grpo import FlashGRPO
+from flowrl.algorithms.flow_dppo import FlowDPPO
 from flowrl.algorithms.flow_grpo import FlowGRPO
+from flowrl.algorithms.granular_grpo import GranularGRPO
+from flowrl.algorithms.grpo_guard import GRPOGuard
 from flowrl.algorithms.mix_grpo import MixGRPO
+from flowrl.algorithms.pref_grpo import PrefGRPO
+from flowrl.algorithms.tempflow_grpo import TempFlowGRPO
 from tests.algorithms.toy import train
 
 PATH = Path(__file__).with_name("golden_trace.json")
@@ -20,6 +29,16 @@ CASES = {
     "flow_grpo": FlowGRPO(num_steps=6, clip_range=0.02, kl_coef=0.04),
     "flow_grpo_fast_cps": FlowGRPO(num_steps=6, window=2, sde="cps", eta=0.8, clip_range=0.02, kl_coef=0.0),
     "mix_grpo": MixGRPO(num_steps=8, window=3, shift_every=5, clip_range=0.02),
+    "mix_grpo_flash": MixGRPO(num_steps=8, window=2, shift_every=5, clip_range=0.02, tail=0.5, solver="dpmpp_2m"),
+    "dance_grpo": DanceGRPO(num_steps=6, clip_range=0.02),
+    "branch_grpo": BranchGRPO(num_steps=6, splits=(0, 1, 2), clip_range=0.02, split_noise=2.0, prune_steps=(4,)),
+    "tempflow_grpo": TempFlowGRPO(num_steps=6, branches=4, clip_range=0.02),
+    "granular_grpo": GranularGRPO(num_steps=6, strides=(1, 2), clip_range=0.02),
+    "grpo_guard": GRPOGuard(num_steps=6, clip_range=0.01),
+    "flow_dppo": FlowDPPO(num_steps=6, trust=1e-4),
+    "ddpo": DDPO(num_steps=6, clip_range=0.02, min_count=8),
+    "pref_grpo": PrefGRPO(num_steps=6, clip_range=0.01, margin=0.1),
+    "flash_grpo": FlashGRPO(num_steps=6, clip_range=0.02),
 }
 KEYS = ("reward", "loss", "weight", "clip_frac", "ratio_max_dev", "approx_kl", "kl")
 

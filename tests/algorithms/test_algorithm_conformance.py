@@ -29,7 +29,7 @@ def algorithms():
         if inspect.isclass(thing)
         and issubclass(thing, Hyperparameters)
         and thing.__module__ == module.__name__
-        and hasattr(thing, "plan")
+        and not inspect.isabstract(thing)
     ]
 
 

@@ -35,9 +35,7 @@ def test_the_share_is_exact(share, num_steps):
 
 
 def test_every_sample_iteration_and_seed_draws_its_own(batch):
-    draws = [
-        steps for now in (batch, replace(batch, iteration=1), replace(batch, seed=1)) for steps in drawn(now)
-    ]
+    draws = [steps for now in (batch, replace(batch, iteration=1), replace(batch, seed=1)) for steps in drawn(now)]
     assert len(draws) == 3 * PROMPTS * K
     assert len(set(draws)) > 0.8 * len(draws)  # of 210 possible draws
     assert drawn(batch) == drawn(batch)

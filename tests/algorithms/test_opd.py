@@ -218,7 +218,7 @@ def test_no_reward_is_needed():
 
 
 def test_needs_name_the_teachers_and_the_largest_guidance():
-    assert OPD().needs == Needs(reference=True, guidance=4.5)
+    assert OPD().needs == Needs(teachers=(None,), guidance=4.5)
     both = OPD(teachers={"a": "runs/x", "b": "runs/y", "c": "runs/x"}, teacher_guidance={"a": 1.0, "b": 3.0, "c": 2.0})
     assert both.needs == Needs(teachers=("runs/x", "runs/y"), guidance=3.0)
 

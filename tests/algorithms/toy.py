@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from flowrl.algorithms.schedule import plans_of
+from flowrl.collect import grow, roots_of_prompts
 from flowrl.history import PromptHistory
 from flowrl.types import Algorithm, Batch, Cond, Loss, Prompt
-from samplers import Trajectory, noise_source, rollout, rows, shifted_times, stable_seed
+from samplers import Plan, Trajectory, noise_source, rollout, rows, shifted_times, stable_seed
 
 DIM = 2
 
@@ -67,25 +68,19 @@ def collect(
     """Roll out, score and credit P prompts with K samples each; edges with NaN credit are still there."""
     plans = plans_of(algorithm, shifted_times(algorithm.num_steps, 3.0), iteration, k, seed)
     width = plans[0].leaves_per_root
-    each = k // width
-    prompt = torch.arange(num_prompts).repeat_interleave(each)
-    number = torch.arange(each).repeat(num_prompts)
+    prompt, number = roots_of_prompts(plans, num_prompts, k)
     cond = {"offset": torch.linspace(-0.5, 0.5, num_prompts)[:, None].repeat(1, DIM)}
-    tables, leaves = [], []
-    for index, plan in enumerate(plans):
-        mine = torch.nonzero(torch.arange(len(prompt)) % len(plans) == index).flatten()
+
+    def walk(plan: Plan, mine: Tensor) -> Trajectory:
+        noise = noise_source((DIM,), seed=seed, iteration=iteration, prompt=prompt[mine], member=number[mine] * width)
         roots = torch.arange(len(mine))
-        if len(mine):
-            noise = noise_source(
-                (DIM,), seed=seed, iteration=iteration, prompt=prompt[mine], member=number[mine] * width
-            )
-            tables.append(rollout(
-                lambda x, t, i: policy.velocity(x, t, {"offset": cond["offset"][i]}),
-                noise(roots, torch.zeros_like(roots), -1), plan, algorithm.kernel, eta=algorithm.eta,
-                prompt=prompt[mine], group=prompt[mine], noise=noise, keep_mean=algorithm.needs.means,
-            ))  # fmt: skip
-            leaves.append((mine[:, None] * width + torch.arange(width)).flatten())
-    trajectory = Trajectory.cat(tables).reorder_leaves(torch.cat(leaves).argsort())
+        return rollout(
+            lambda x, t, i: policy.velocity(x, t, {"offset": cond["offset"][i]}),
+            noise(roots, torch.zeros_like(roots), -1), plan, algorithm.kernel, eta=algorithm.eta,
+            prompt=prompt[mine], group=prompt[mine], noise=noise, keep_mean=algorithm.needs.means,
+        )  # fmt: skip
+
+    trajectory = grow(plans, prompt * (k // width) + number, walk)
     prompts = [Prompt(id=i, text=str(i)) for i in range(num_prompts)]
     batch = Batch(
         prompts=prompts, cond=cond, trajectory=trajectory, leaf_prompt=trajectory.leaf_prompt, plans=plans,

@@ -104,7 +104,7 @@ def test_flash_takes_the_published_number_of_evaluations():
 
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.4, 0.7, 1.0])
 @pytest.mark.parametrize("num_steps", [2, 3, 10, 25])
-def test_every_tail_ends_at_zero_and_keeps_two_points_where_the_grid_has_them(share, num_steps):
+def test_every_tail_ends_at_zero_and_keeps_three_points_where_the_grid_has_them(share, num_steps):
     grid = shifted_times(num_steps, 3.0).tolist()
     for step in range(num_steps):
         short = compress_tail(grid, step, share)
@@ -112,7 +112,7 @@ def test_every_tail_ends_at_zero_and_keeps_two_points_where_the_grid_has_them(sh
         kept = len(short) - 1 - step
         assert list(short[: step + 2]) == grid[: step + 2]  # the stochastic step itself ends where it did
         assert short[-1] == 0.0 and all(b < a for a, b in zip(short, short[1:], strict=False))
-        assert min(2, left) <= kept <= left and kept <= max(2, left * share + 1e-6)
+        assert min(3, left) <= kept <= left and kept <= max(3, left * share + 1e-6)
 
 
 def test_a_share_of_one_changes_nothing():
@@ -121,13 +121,13 @@ def test_a_share_of_one_changes_nothing():
 
 
 def test_points_are_equally_spaced_in_the_grids_index():
-    """On equal steps the tail has equal steps again; on the shifted grid it is the public code's up to 0.0012."""
+    """On equal steps the tail has equal steps again; on the shifted grid it is the public code's up to 0.002."""
     short = compress_tail(TEN, 3, 0.6)  # 4 points from .6 to 0
     assert short[4:] == pytest.approx([0.6, 0.4, 0.2, 0.0])
     for step in range(3, 24):
         tail = torch.tensor(compress_tail(TIMES, step, 0.4)[step + 1 :])
         u = torch.linspace(1 - (step + 1) / 25, 0, len(tail))
-        assert (tail - 3 * u / (1 + 2 * u)).abs().max() < 1.5e-3
+        assert (tail - 3 * u / (1 + 2 * u)).abs().max() < 2e-3
 
 
 @pytest.mark.parametrize("step, share", [(3, 0.0), (3, -0.1), (3, 1.1), (10, 0.4), (-1, 0.4)])

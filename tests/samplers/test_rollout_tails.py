@@ -70,7 +70,7 @@ def by_heun(x, times, prompt, before):
 
 
 def by_dpmpp_2m(x, times, prompt, before):
-    """As the paper prints it: lambda = log((1 - t) / t), D from the last two clean estimates; first order at the end."""
+    """As printed: lambda = log((1 - t) / t), D from the last two clean estimates; first order at the end."""
     t_before, x0_before = before
     for now, then in zip(times, times[1:], strict=False):
         x0 = x - now * NET(x, torch.full((len(x),), now), prompt)
@@ -173,7 +173,7 @@ def test_pruning_on_the_way_takes_a_node_with_all_its_tails():
 
 
 def test_rollouts_of_several_plans_make_one_table_in_the_order_of_their_roots():
-    """Roots 0, 2 follow one plan and 1, 3 another; root by root the samples and edges are what each plan gives alone."""
+    """Roots 0, 2 follow one plan, 1 and 3 another; each has the samples and edges that its plan gives it alone."""
     plans, width = (PLANS["one step"], subset(TIMES, [4]).with_fanout({4: 9})), 9
     tables, orders = [], []
     for first, plan in enumerate(plans):

@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-quick check format docs clean
+.PHONY: quickstart test test-quick check format docs bench clean
 
 quickstart: $(STAMP)
 	$(BIN)/flowrl train configs/quickstart.yaml
@@ -36,6 +36,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.learning run
+	$(BIN)/python -m benchmarks.learning report
+	$(BIN)/python -m benchmarks.cost
 
 docs: $(STAMP)
 	$(BIN)/python docs/make_configuration.py

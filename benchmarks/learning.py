@@ -275,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("run", help="train every config; resumable")
     runs.add_argument("--configs", type=Path, default=Path("configs/shapes"), help="folder of configs, one a method")
     runs.add_argument("--only", nargs="*", default=[], metavar="NAME", help="these of them (file names without .yaml)")
-    runs.add_argument("--budget", type=_positive, default=100_000, help="denoiser calls of a run")
+    runs.add_argument("--budget", type=_positive, default=80_000, help="denoiser calls of a run")
     runs.add_argument("--seed", type=int, default=0)
     runs.add_argument("--jobs", type=_positive, default=2, help="runs at a time, a thread each")
     tells = commands.add_parser("report", help="table, plot and numbers of the finished runs")

@@ -554,7 +554,8 @@ def dump(config: Config) -> str:
 _FREE = (
     "name", "output_dir", "checkpoint_every", "keep_checkpoints", "evaluate_every", "engine", "log",
     "model.decode_micro_batch", "model.rollout_micro_batch", "model.gradient_checkpointing", "optimizer.micro_batch",
-    "optimizer.update", "data.max_no_verdict", "data.evaluation.batch_size", "data.evaluation.grid_prompts", "data.evaluation.headline",
+    "optimizer.update", "data.max_no_verdict", "data.evaluation.batch_size", "data.evaluation.grid_prompts",
+    "data.evaluation.headline",
 )  # fmt: skip
 _FREE_REWARD = ("device", "batch_size", "cache")
 

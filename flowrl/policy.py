@@ -424,7 +424,7 @@ def _with_adapter(name: str) -> str:
 
 
 def _load_component(module: Any, folder: Path) -> None:
-    stored = type(module).from_pretrained(folder, dtype=torch.float32)
+    stored = type(module).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     try:
         module.load_state_dict(stored.state_dict())
     except RuntimeError as error:

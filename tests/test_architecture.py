@@ -14,6 +14,7 @@ import pytest
 import flowrl.algorithms
 import flowrl.models
 from flowrl.types import Hyperparameters
+from tests import runs
 
 ROOT = Path(__file__).parent.parent
 FILES = [path for package in ("samplers", "rewards", "flowrl") for path in sorted((ROOT / package).rglob("*.py"))]
@@ -32,7 +33,9 @@ def classes_by_file(package, belongs) -> dict[str, str]:
     return found
 
 
-METHODS = classes_by_file(flowrl.algorithms, lambda cls: issubclass(cls, Hyperparameters) and not inspect.isabstract(cls))
+METHODS = classes_by_file(
+    flowrl.algorithms, lambda cls: issubclass(cls, Hyperparameters) and not inspect.isabstract(cls)
+)
 MODELS = classes_by_file(flowrl.models, lambda cls: callable(getattr(cls, "velocity", None)))
 
 
@@ -108,3 +111,34 @@ def test_the_arrows_between_packages_hold():
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+MINE = '''
+"""An algorithm of a user's own, with two plans an iteration, a weight, and edges that it leaves out."""
+
+import torch
+
+from flowrl.algorithms.policy_gradient import PolicyGradient
+from samplers import window
+
+
+class Mine(PolicyGradient):
+    def plan(self, times, iteration, samples_per_prompt, seed):
+        return [window(times, start, 1) for start in (0, 1)]
+
+    def credit(self, batch):
+        credit = super().credit(batch)
+        return torch.where(torch.arange(len(credit)) % 3 == 0, torch.nan, credit)
+
+    def weight(self, batch):
+        return 1 + batch.trajectory.step.float()
+'''
+
+
+def test_an_algorithm_in_a_file_of_ones_own_trains(trainer, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    run = trainer({"algorithm": {"name": f"{tmp_path}/mine.py:Mine", "num_steps": 4, "clip_range": 1e-2}})
+    before = runs.weights(run)
+    row = run.step(0)
+    assert runs.distance(runs.weights(run), before) > 0
+    assert row["ratio_first_update"] <= 1e-5 and row["calls/rollout"] == 12 * 4 and row["calls/train"] == 8

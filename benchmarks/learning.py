@@ -3,7 +3,7 @@
     python -m benchmarks.learning run       trains every config of a folder; what is finished is not repeated
     python -m benchmarks.learning report    learning.md, learning.png and learning.json from what is finished
 
-A call is one sample through the denoiser (two with guidance), in rollout, training or for the reference; decoding,
+A call is one sample through the denoiser (two with guidance), in rollout, training, reference or teacher; decoding,
 rewards, backward passes and evaluations are not in the budget.
 """
 
@@ -27,7 +27,7 @@ from benchmarks.results import CARD, BenchmarkError, Card, finished, read_card, 
 from flowrl.algorithms.schedule import plans_of
 from flowrl.checkpoint import entries
 from flowrl.config import Config, diff, load_config
-from flowrl.costs import cost
+from flowrl.costs import expected_cost
 from flowrl.log import write_atomic
 from flowrl.metrics import duration
 from flowrl.train import geometry_of, load_model
@@ -68,13 +68,8 @@ def iterations_within(budget: int, calls: Callable[[int], int]) -> tuple[int, in
 
 def predicted_calls(config: Config, algorithm: Algorithm, times: Tensor, iteration: int) -> int:
     """Denoiser calls of one iteration; nothing else here knows how plans are made and counted."""
-    data, o = config.data, config.optimizer
-    expected = cost(
-        algorithm, plans_of(algorithm, times, iteration, data.samples_per_prompt, config.seed),
-        prompts=data.prompts_per_iteration, samples_per_prompt=data.samples_per_prompt,
-        guided=config.model.guidance > 1, updates=o.updates_per_iteration,
-        single_pass=o.single_pass(config.model.gradient_checkpointing), iteration=iteration, seed=config.seed,
-    )  # fmt: skip
+    plans = plans_of(algorithm, times, iteration, config.data.samples_per_prompt, config.seed)
+    expected = expected_cost(config, algorithm, plans, iteration)
     return expected.rollout + expected.train + expected.reference + expected.teacher
 
 

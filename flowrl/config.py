@@ -246,11 +246,10 @@ class OptimizerConfig(Section):
     ema_decay: Share | None = None
     """Decay per update of the averaged weights, which then are evaluated and exported; null = none."""
 
-    def single_pass(self, checkpointing: bool) -> bool:
-        """Whether the rollout's graphs are kept, memory permitting."""
-        if self.update == "auto":
-            return self.updates_per_iteration == 1 and self.micro_batch is None and not checkpointing
-        return self.update == "single_pass"
+    def update_of(self, checkpointing: bool) -> Literal["auto", "single_pass", "recompute"]:
+        """`update`, where `auto` is left only if a single pass gives the same gradient."""
+        possible = self.updates_per_iteration == 1 and self.micro_batch is None and not checkpointing
+        return "recompute" if self.update == "auto" and not possible else self.update
 
 
 class EngineConfig(Section):
@@ -442,6 +441,11 @@ def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
             f"{config.algorithm.name} compares with a prompt's last {algorithm.needs.history} rewards; remember as many"
         )
         yield ("data", "history"), text
+    if algorithm.needs.teachers == (None,) and algorithm.needs.guidance <= config.model.guidance:
+        text = (
+            "the only teacher is the initial model with no more guidance than model.guidance, so there is nothing to "
+        )
+        yield ("algorithm", "teachers"), text + "teach; raise algorithm.teacher_guidance, or name a teacher's weights"
     times = torch.linspace(1.0, 0.0, algorithm.num_steps + 1)
     for iteration in dict.fromkeys((0, config.iterations - 1)):
         try:

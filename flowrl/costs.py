@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,18 +24,37 @@ class Cost:
     roots: int
     edges: int
     """Stored steps: what the loss is a mean over."""
+    stored: int
+    """Distinct states that the rollout stores."""
     states: int
-    """Distinct states that they start from: what is evaluated. Fewer than edges where siblings share a state."""
+    """Those that are trained on. Fewer than edges where siblings share a state."""
     rollout: int
     train: int
     reference: int
     teacher: int
     updates: int
+    single_pass: bool
+    """Whether the update takes the rollout's own graphs."""
+
+
+LEAST_TRAINED = 2 / 3
+"""Share of the stored states from which on a backward pass through all of them, about two forward passes each, costs
+less than a forward and a backward pass of those that are trained on."""
+
+
+def expected_cost(config: Any, algorithm: Algorithm, plans: Sequence[Plan], iteration: int = 0) -> Cost:
+    """The cost of an iteration of a config."""
+    data, o = config.data, config.optimizer
+    return cost(
+        algorithm, plans, prompts=data.prompts_per_iteration, samples_per_prompt=data.samples_per_prompt,
+        guided=config.model.guidance > 1, updates=o.updates_per_iteration,
+        update=o.update_of(config.model.gradient_checkpointing), iteration=iteration, seed=config.seed,
+    )  # fmt: skip
 
 
 def cost(
     algorithm: Algorithm, plans: Sequence[Plan], *, prompts: int, samples_per_prompt: int, guided: bool, updates: int,
-    single_pass: bool = False, iteration: int = 0, seed: int = 0,
+    update: Literal["auto", "single_pass", "recompute"] = "recompute", iteration: int = 0, seed: int = 0,
 ) -> Cost:  # fmt: skip
     """The call counts of an iteration in which every sample gets a verdict, and no two the same.
 
@@ -47,13 +66,15 @@ def cost(
     branches, needs = 2 if guided else 1, algorithm.needs
     batch = _sketch(algorithm, plans, prompts, samples_per_prompt, iteration, seed)
     edges = batch.trajectory.select(~algorithm.credit(batch).isnan())
-    states = len(edges.state.unique())
+    stored, states = (len(table.state.unique()) for table in (batch.trajectory, edges))
+    single_pass = update == "single_pass" or (update == "auto" and states >= LEAST_TRAINED * stored)
     return Cost(
         prompts=prompts, samples=prompts * samples_per_prompt,
-        roots=prompts * samples_per_prompt // plans[0].leaves_per_root, edges=len(edges), states=states,
+        roots=prompts * samples_per_prompt // plans[0].leaves_per_root, edges=len(edges), stored=stored, states=states,
         rollout=branches * batch.trajectory.calls, train=0 if single_pass else branches * states,
         reference=branches * states if needs.reference else 0,
         teacher=(2 if needs.guidance > 1 else 1) * states if needs.teachers else 0, updates=updates,
+        single_pass=single_pass,
     )  # fmt: skip
 
 
@@ -87,12 +108,8 @@ def describe(
     config: Any, algorithm: Algorithm, plans: Sequence[Plan], *, trainable: int, world: int = 1
 ) -> list[tuple[str, str]]:
     """The plan of a run as (what, how much) lines for people."""
-    data, o = config.data, config.optimizer
-    c = cost(
-        algorithm, plans, prompts=data.prompts_per_iteration, samples_per_prompt=data.samples_per_prompt,
-        guided=config.model.guidance > 1, updates=o.updates_per_iteration,
-        single_pass=o.single_pass(config.model.gradient_checkpointing), seed=config.seed,
-    )  # fmt: skip
+    data = config.data
+    c = expected_cost(config, algorithm, plans)
     marks = " ".join("".join("S" if s else "." for s in plan.stochastic) for plan in plans)
     shared = f", {c.roots} starts: each group shares its first noise" if c.roots < c.samples else ""
     weights = "LoRA" if config.model.lora else "full weights"

@@ -9,7 +9,7 @@ Symbols: N states of one call, M stored states of a rollout, *L latent dimension
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,7 @@ import torch
 from torch import Tensor
 
 from flowrl.policy import Policy
-from flowrl.types import Batch, Cond
-
-LEAST_TRAINED = 2 / 3
-"""Share of the recorded states from which on a backward pass through all of them, about two forward passes each, costs
-less than a forward and a backward pass of those that are trained on."""
+from flowrl.types import Cond
 
 
 @dataclass(kw_only=True)
@@ -55,16 +51,6 @@ class Recorder:
     def result(self) -> Tensor | None:
         """Velocities [M,*L] of the stored states by their number, with graph; None where none was kept."""
         return None if self.given_up or not self.velocities else torch.cat(self.velocities)
-
-
-def unless_wasteful(batch: Batch) -> Batch:
-    """The credited batch without its graphs where too few of the recorded states are trained on to be worth them.
-
-    A backward pass walks all that was recorded, although it brings nothing to the states without credit.
-    """
-    if batch.velocity is None or len(batch.trajectory.state.unique()) >= LEAST_TRAINED * len(batch.velocity):
-        return batch
-    return replace(batch, velocity=None)
 
 
 def _measured(policy: Policy, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, int]:

@@ -29,6 +29,7 @@ from flowrl.algorithms.schedule import plans_of
 from flowrl.checkpoint import Checkpoint, CheckpointError, RunLock, flatten_optimizer, restore_optimizer
 from flowrl.collect import Conditions, Geometry, decode_and_submit, roll_out
 from flowrl.config import Config, diff, dump, identity
+from flowrl.costs import expected_cost
 from flowrl.curriculum import curriculum
 from flowrl.data import PromptSampler, fingerprint, load_prompts, shard
 from flowrl.engine import EngineError, connect, together
@@ -39,7 +40,7 @@ from flowrl.log import RunLog, plain, write_atomic
 from flowrl.metrics import PhaseTimer
 from flowrl.models.pipeline import load
 from flowrl.policy import Policy
-from flowrl.record import Recorder, unless_wasteful
+from flowrl.record import Recorder
 from flowrl.report import headline, save_grid, table_lines, write_report
 from flowrl.resolve import resolve
 from flowrl.types import Algorithm, Batch, Prompt
@@ -92,6 +93,8 @@ class Trainer:
         prompts = load_prompts(data.prompts, "train")
         self.sampler = PromptSampler(prompts, data.prompts_per_iteration, config.seed, data.balance)
         self.prompts = prompts
+        if hasattr(self.algorithm, "check_prompts"):
+            self.algorithm.check_prompts(prompts)
         self.history = PromptHistory(data.history, len(prompts))
         self.curriculum = curriculum(data.curriculum) if data.curriculum else None
         self._prompts_of(0)  # refuses a curriculum's weights before anything is loaded
@@ -123,7 +126,6 @@ class Trainer:
             updates=o.updates_per_iteration, micro_batch=o.micro_batch, max_grad_norm=o.max_grad_norm,
             max_skipped=o.max_skipped,
         )  # fmt: skip
-        self.single_pass = o.single_pass(config.model.gradient_checkpointing)
         self.iteration = self.saved = 0
         """Iterations done, and iterations in the newest checkpoint."""
         self.seconds = 0.0
@@ -177,7 +179,7 @@ class Trainer:
                 batch = roll_out(
                     self.policy, self.algorithm, plans, mine, slots, self.conditions, self.geometry,
                     samples_per_prompt=per_prompt, iteration=iteration, seed=config.seed,
-                    recorder=self._recorder(plans, len(mine)),
+                    recorder=self._recorder(plans, iteration),
                 )  # fmt: skip
                 tickets = decode_and_submit(self.policy, batch, self.hub, self.geometry)
             with phase("score"):
@@ -196,7 +198,6 @@ class Trainer:
             everyone = self._with_everyones_rewards(batch, table, scores)
             advantages = self.algorithm.credit(replace(everyone, groups=prompts, history=self.history))
             batch = credited(replace(batch, rewards=result.total.double()), advantages)
-            batch = unless_wasteful(batch) if config.optimizer.update == "auto" else batch
 
         with phase("update"):
             key = stable_seed(config.seed, iteration, -2)
@@ -251,13 +252,13 @@ class Trainer:
         g = self.geometry
         return self.policy.model.times(self.algorithm.num_steps, g.height, g.width, g.frames)
 
-    def _recorder(self, plans: tuple[Plan, ...], num_prompts: int) -> Recorder | None:
+    def _recorder(self, plans: tuple[Plan, ...], iteration: int) -> Recorder | None:
         """What keeps the rollout's graphs where the update takes them; see `optimizer.update`."""
-        if not self.single_pass:
+        expected = expected_cost(self.config, self.algorithm, plans, iteration)
+        if not expected.single_pass:
             return None
-        roots = num_prompts * self.config.data.samples_per_prompt // plans[0].leaves_per_root
-        states = roots * max(sum(plan.nodes(step) for step in plan.stochastic_steps) for plan in plans)
         asked = self.config.optimizer.update == "single_pass"
+        states = math.ceil(expected.stored / self.engine.world)
         return Recorder(policy=self.policy, states=states, memory_share=None if asked else MEMORY_SHARE)
 
     def _check_ratio(self, deviation: float) -> None:
@@ -303,7 +304,7 @@ class Trainer:
         group = torch.arange(len(table) // per_prompt, device=leaves.device).repeat_interleave(per_prompt)
         trajectory = replace(trajectory, leaves=leaves, group=group)
         return replace(
-            batch, trajectory=trajectory, rewards=table.to(leaves.device),
+            batch, trajectory=trajectory, rewards=table,
             scores={name: normalised(scores[name], rule, group.cpu()).double() for name, rule in rules.items()},
             weights={name: rule.weight for name, rule in rules.items()},
         )  # fmt: skip
@@ -418,7 +419,7 @@ class Trainer:
         write_atomic(self.folder / "status.json", json.dumps({"state": state, "iteration": self.iteration}) + "\n")
 
     def _save(self) -> None:
-        """The state after `iteration` iterations; noise and prompts are functions of it and need no saving."""
+        """The state after `iteration` iterations; noise and prompts are functions of it, and of the history."""
         with together(self.engine):
             if self.main:
                 self._write_checkpoint()

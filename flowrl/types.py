@@ -100,7 +100,6 @@ class Needs(NamedTuple):
     """Exported weights (None: the initial ones) that `policy.teacher` is asked for, one of them at each state."""
     guidance: float = 1.0
     """The largest guidance that `policy.teacher` is asked for."""
-    differentiable_reward: bool = False
 
 
 class Policy(Protocol):

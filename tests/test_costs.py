@@ -4,16 +4,20 @@ Symbols: P prompts, K samples each, N = P K, T steps, E trained steps of a sampl
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from flowrl.algorithms.flow_grpo import FlowGRPO
 from flowrl.algorithms.mix_grpo import MixGRPO
-from flowrl.costs import cost, describe
+from flowrl.algorithms.schedule import plans_of
+from flowrl.configfile import parse_yaml
+from flowrl.costs import cost, describe, expected_cost
 from samplers import branch_at
 from tests import runs
 
+ROOT = Path(__file__).parent.parent
 P, K, T = len(runs.PROMPTS), runs.SAMPLES, 4
 N = P * K
 
@@ -107,3 +111,27 @@ def test_the_plan_of_a_run_tells_people_its_numbers(make_config):
     assert told["samples"].startswith("3 prompts x 4 = 12 an iteration, 3 starts")
     assert "SS.." in told["steps"] and told["trainable"] == "1,234 parameters"
     assert told["length"] == "3 iterations on 2 processes" and "guidance 4.5, full weights" in told["model"]
+
+
+SHAPES = sorted(path for path in (ROOT / "configs" / "shapes").glob("*.yaml") if path.stem != "base")
+
+
+@pytest.mark.parametrize("update", ["auto", "recompute"])
+@pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
+def test_every_method_costs_what_is_announced(trainer, path, update):
+    """In the second iteration, where windows have moved; two prompts of sixteen samples suit every tree and tail."""
+    algorithm = {**parse_yaml((ROOT / "configs/shapes/base.yaml").read_text(), "base").values["algorithm"]}
+    given = parse_yaml(path.read_text(), path.name).values["algorithm"]
+    section = {**algorithm, **given} if given["name"] == algorithm["name"] else given
+    run = trainer({
+        "algorithm": section, "data.prompts_per_iteration": 2, "data.samples_per_prompt": 16,
+        "optimizer.update": update,
+    })  # fmt: skip
+    plans = plans_of(run.algorithm, run._times(), 1, 16, run.config.seed)
+    expected = expected_cost(run.config, run.algorithm, plans, 1)
+    run.step(0)
+    row = run.step(1)
+    roles = ("rollout", "train", "reference", "teacher")
+    assert [row[f"calls/{role}"] for role in roles] == [getattr(expected, role) for role in roles]
+    assert expected.train == 0 if expected.single_pass else expected.train > 0
+    assert row["single_pass"] == expected.single_pass

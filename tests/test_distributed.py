@@ -29,6 +29,7 @@ METHODS = {
     "tempflow_grpo": {"name": "tempflow_grpo", "num_steps": 4, "branches": 2, **WIDE},
     "granular_grpo": {"name": "granular_grpo", "num_steps": 4, "strides": [1, 2], "steps": [0, 1], "adv_eps": 1e-4},
     "dance_grpo": {"name": "dance_grpo", "num_steps": 4, "step_share": 0.67, "adv_eps": 1e-4, **WIDE},
+    "flow_grpo, zeros dropped": {**runs.FLOW, **WIDE, "drop_zero": True, "adv_std": "group"},
     "flow_grpo, whole samples": {**runs.FLOW, **WIDE, "objective": "gspo"},
 }
 PROMPTS = ["a cat", "two dogs", "a red house", "a tree"]

@@ -252,12 +252,10 @@ def edge_advantages(
 def keep_nonzero(credit: Tensor) -> Tensor:
     """Credit [E] with NaN for 0, so that edges without an advantage leave the table (Flow-GRPO's filter).
 
-    Where nothing but 0 and NaN is left the credit comes back unchanged: a process without a single edge could not take
-    part in the update, and its edges have no gradient anyway.
+    Each edge by itself, so that nothing depends on which process holds it; an update without edges is left out.
     Note: Flow-GRPO tops the batch up with some of the dropped samples to keep its size; here no size has to be kept.
     """
-    nonzero = (credit != 0) & ~credit.isnan()
-    return credit.where(nonzero, torch.nan) if bool(nonzero.any()) else credit
+    return credit.where(credit != 0, torch.nan)
 
 
 def _statistics(r: Tensor, g: Tensor, num_groups: int, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:

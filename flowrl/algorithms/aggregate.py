@@ -13,18 +13,6 @@ import torch
 from torch import Tensor
 
 
-def masked_mean(value: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of the entries under a mask of the same shape, over everything or one dimension; 0 where it is empty.
-
-    A masked entry may be NaN or infinite: it touches neither the mean nor the gradient.
-    """
-    mask = mask.bool()
-    kept = torch.where(mask, value, 0.0)
-    if dim is None:
-        return kept.sum() / mask.sum().clamp(min=1)
-    return kept.sum(dim) / mask.sum(dim).clamp(min=1)
-
-
 def merge_metrics(parts: Sequence[Mapping[str, Tensor]], num_edges: Sequence[int]) -> dict[str, Tensor]:
     """Metrics of micro-batches as those of their union: the largest of each `*_max*`, else the mean over edges."""
     merged: dict[str, list[tuple[Tensor, int]]] = {}

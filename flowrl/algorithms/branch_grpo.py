@@ -68,7 +68,8 @@ class BranchGRPO(PolicyGradient):
         fields.Count, Field(description="Iterations after which they move one step towards the noise.")
     ] = 30
     prune_stop: Annotated[
-        int | None, Field(description="Step at which the first of them stops; null: the last split.", ge=0)
+        int | None,
+        Field(description="Step at which the first of them stops; null: the last split, less one.", ge=0),
     ] = None
     width: Annotated[
         Literal["none", "parent_top", "extreme"],
@@ -144,7 +145,7 @@ class BranchGRPO(PolicyGradient):
     @property
     def _prune_way(self) -> int:
         """Steps that depth pruning slides in all."""
-        stop = max(self.splits) if self.prune_stop is None else self.prune_stop
+        stop = max(max(self.splits) - 1, 0) if self.prune_stop is None else self.prune_stop
         return max(0, min(self.prune_steps, default=0) - stop)
 
     def _check_steps(self) -> None:

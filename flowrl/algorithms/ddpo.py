@@ -35,7 +35,7 @@ class DDPO(PolicyGradient):
     eta: fields.Eta = 1.0
     adv_eps: fields.AdvEps = 1e-6
     min_count: Annotated[
-        fields.Count, Field(description="Rewards of a prompt below which the whole batch's statistics are taken.")
+        int, Field(description="Rewards of a prompt below which the whole batch's statistics are taken.", ge=2)
     ] = 16
 
     @model_validator(mode="after")
@@ -64,7 +64,7 @@ class DDPO(PolicyGradient):
         Raises ValueError where a history cannot hold the min_count rewards that its statistics ask for.
         """
         if batch.rewards is None or batch.history is None:
-            raise ValueError("credit needs batch.rewards and batch.history; set data.history to 16 or more.")
+            raise ValueError("credit needs batch.rewards and batch.history; set data.history to min_count or more.")
         if batch.history.size < self.min_count:
             raise ValueError(
                 f"data.history={batch.history.size} keeps fewer rewards of a prompt than algorithm.min_count="

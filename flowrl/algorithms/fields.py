@@ -52,12 +52,21 @@ def _noisy(eta: float) -> float:
 
 def _positive_sides(clip_range: float | tuple[float, float]) -> float | tuple[float, float]:
     low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
-    if not (0 < low < 1 and 0 < high < float("inf")):
+    if not (0 < low < float("inf") and 0 < high < float("inf")):
         raise ValueError(
-            f"clip_range={clip_range} clips every ratio or none: the ratio is kept in [1 - low, 1 + high], so both are "
-            "positive and low is below 1; 1e-4 is usual, because log-probs are means over the latent dimensions."
+            f"clip_range={clip_range} clips every ratio or none: the ratio is kept in [1 - low, 1 + high], so both "
+            "are positive (low = 1 is no lower bound); 1e-4 is usual, as log-probs are means over latent dimensions."
         )
     return clip_range
+
+
+def check_trust(objective: Objective, trust: float | None) -> None:
+    """Refuse an objective whose trust region nobody can guess."""
+    if objective in ("spo", "drpo") and trust is None:
+        raise ValueError(
+            f"objective={objective!r} needs algorithm.trust, the half-width of its trust region in the ratio (drpo: in "
+            "the density): about what clip_range would be, such as 1e-4."
+        )
 
 
 def _positive(value: float) -> float:
@@ -72,8 +81,8 @@ def _above_one(value: float) -> float:
     return value
 
 
-def _width(value: float) -> float:
-    if not 0 < value < float("inf"):
+def _width(value: float | None) -> float | None:
+    if value is not None and not 0 < value < float("inf"):
         raise ValueError(f"{value:g} must be a positive number; the ratio could not move at all.")
     return value
 
@@ -122,10 +131,11 @@ DualClip = Annotated[
     AfterValidator(_above_one),
     Field(description="dual_clip only: largest ratio that a bad sample's loss still grows with."),
 ]
+DPPO_TRUST = 1e-5
 Trust = Annotated[
-    float,
+    float | None,
     AfterValidator(_width),
-    Field(description="dppo: largest divergence of a step from the old one; spo, drpo: half-width in the ratio."),
+    Field(description="dppo: largest divergence of a step from the old one (null: 1e-5); spo, drpo: half-width."),
 ]
 CombineHow = Annotated[
     Combine,

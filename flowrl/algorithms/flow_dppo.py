@@ -24,6 +24,7 @@ class FlowDPPO(PolicyGradient):
 
     eta: fields.Eta = 1.2
     objective: fields.ObjectiveName = "dppo"
+    trust: fields.Trust = 1e-5
     adv_std: fields.AdvStd = "global"
     adv_clip: fields.AdvClip = 100.0
     window: fields.Window = 2

@@ -133,7 +133,7 @@ def cispo(edges: Edges, limits: Limits) -> Surrogate:
 
     The loss is -w A (1 + lr - sg(lr)) with w = sg(clip(r, 1 - low, 1 + high)): lr has the gradient of the new log-prob,
     and the value is -A w.
-    Note: the paper bounds w only from above; low >= 1 does that.
+    Note: the paper bounds w only from above, which is clip_range: [1.0, high].
     """
     ratio = _ratio(edges.log_ratio).detach()
     weight = ratio.clamp(1 - limits.low, 1 + limits.high)

@@ -30,7 +30,7 @@ class PolicyGradient(Hyperparameters):
     objective: fields.ObjectiveName = "clip"
     clip_range: fields.ClipRange = 1e-4
     dual_clip: fields.DualClip = 3.0
-    trust: fields.Trust = 1e-5
+    trust: fields.Trust = None
     combine: fields.CombineHow = "sum"
     baseline: fields.Baseline = "mean"
     adv_std: fields.AdvStd = "group"
@@ -45,6 +45,7 @@ class PolicyGradient(Hyperparameters):
     @model_validator(mode="after")
     def _noise_is_possible(self) -> Self:
         fields.check_eta(self.sde, self.eta)
+        fields.check_trust(self.objective, self.trust)
         return self
 
     @property
@@ -78,7 +79,7 @@ class PolicyGradient(Hyperparameters):
         if self.combine == "sum":
             return group_advantages(batch.rewards, group, **how)  # type: ignore[arg-type]
         scores, weights = batch.scores, batch.weights
-        if len(weights) == 1:  # the total is this one reward, and knows its gate
+        if len(weights) <= 1:  # the total is this one reward, or only gates, and knows what gates do
             scores, weights = {"total": batch.rewards}, {"total": 1.0}
         # A sample has a verdict in all parts or in none, which the total knows.
         known = {k: v.where(batch.rewards.isfinite().to(v.device), torch.nan) for k, v in scores.items()}
@@ -104,7 +105,7 @@ class PolicyGradient(Hyperparameters):
             raise ValueError("the loss needs batch.advantages; fill them with credit(batch) first.")
         edges = batch.trajectory
         current = current_step(policy, batch, self.kernel)
-        seen = edges_seen(batch, current)
+        seen = edges_seen(batch, current, self.needs.whole_samples)
         loss, metrics = objective(self.objective, seen, self._limits)
         metrics["adv_abs"] = batch.advantages.abs().mean()
         metrics["adv_zero_frac"] = (batch.advantages == 0).float().mean()
@@ -123,7 +124,7 @@ class PolicyGradient(Hyperparameters):
     @property
     def _limits(self) -> Limits:
         low, high = self.clip_range if isinstance(self.clip_range, tuple) else (self.clip_range, self.clip_range)
-        return Limits(low, high, dual=self.dual_clip, trust=self.trust)
+        return Limits(low, high, dual=self.dual_clip, trust=self.trust or fields.DPPO_TRUST)
 
 
 def current_step(policy: Policy, batch: Batch, kernel: Kernel) -> Step:
@@ -144,8 +145,11 @@ def current_step(policy: Policy, batch: Batch, kernel: Kernel) -> Step:
     return Step(velocity[of_edge], Transition(transition.mean[of_edge], transition.std[of_edge]))
 
 
-def edges_seen(batch: Batch, current: Step) -> Edges:
-    """What an objective sees: how the current step differs from the stored one, and what that was worth."""
+def edges_seen(batch: Batch, current: Step, segmented: bool = False) -> Edges:
+    """What an objective sees: how the current step differs from the stored one, and what that was worth.
+
+    Only `segmented` edges are told which chain they belong to; otherwise each is one of its own.
+    """
     edges, transition = batch.trajectory, current.transition
     assert batch.advantages is not None
     return Edges(
@@ -155,7 +159,7 @@ def edges_seen(batch: Batch, current: Step) -> Edges:
         std=transition.std.flatten(),
         h=edges.t - edges.t_next,
         divergence=None if edges.mean is None else gaussian_kl(transition, transition._replace(mean=edges.mean)),
-        segment=segments(edges.leaves),
+        segment=segments(edges.leaves) if segmented else torch.arange(len(edges), device=edges.step.device),
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowrl.algorithms.aggregate import masked_mean, merge_metrics
+from flowrl.algorithms.aggregate import merge_metrics
 from flowrl.algorithms.flow_grpo import FlowGRPO
 from tests.algorithms.toy import ToyPolicy, collect, gradient, select
 
@@ -29,17 +29,3 @@ def test_micro_batches_do_not_change_gradient_or_metrics(size):
     assert merged.keys() == whole.metrics.keys()
     for name, value in whole.metrics.items():
         torch.testing.assert_close(merged[name], value.to(merged[name]), rtol=1e-4, atol=1e-7, msg=name)
-
-
-def test_masked_mean_does_not_touch_masked_entries():
-    value = torch.tensor([[1.0, float("nan"), 3.0], [float("inf"), 4.0, float("nan")]], requires_grad=True)
-    mask = torch.tensor([[True, False, True], [False, True, False]])
-    assert masked_mean(value, mask, dim=1).tolist() == [2, 4]
-    mean = masked_mean(value, mask)
-    mean.backward()
-    assert float(mean.detach()) == pytest.approx(8 / 3)
-    torch.testing.assert_close(value.grad, mask / 3)
-
-
-def test_masked_mean_of_nothing_is_zero():
-    assert masked_mean(torch.full((3,), float("nan")), torch.zeros(3, dtype=torch.bool)) == 0

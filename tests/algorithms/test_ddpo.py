@@ -150,7 +150,7 @@ def test_the_first_update_is_on_policy():
         ({"combine": "per_reward"}, "combine would change nothing.*running mean and std.*leave it out"),
         ({"unbiased": True, "adv_floor": 0.1}, "adv_floor, unbiased would change nothing"),
         ({"adv_std": "global"}, "adv_std would change nothing"),
-        ({"min_count": 0}, "at least 1"),
+        ({"min_count": 1}, "greater than or equal to 2"),
         ({"eta": 1.2}, r"eta in \(0, 1\]"),
     ],
 )
@@ -165,5 +165,5 @@ def test_credit_says_what_it_lacks():
         ValueError, match="data.history=7 keeps fewer.*min_count=8.*raise the first or lower the second"
     ):
         SMALL.credit(replace(batch, history=PromptHistory(7, 4)))
-    with pytest.raises(ValueError, match="batch.history; set data.history to 16 or more"):
+    with pytest.raises(ValueError, match="batch.history; set data.history to min_count or more"):
         SMALL.credit(replace(batch, history=None))

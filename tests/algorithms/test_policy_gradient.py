@@ -6,7 +6,8 @@ import torch
 from flowrl.algorithms.flow_grpo import FlowGRPO
 from flowrl.algorithms.mix_grpo import MixGRPO
 from flowrl.algorithms.schedule import plans_of
-from samplers import Plan, branch_at, deterministic, linear_times
+from flowrl.types import Batch
+from samplers import Plan, branch_at, deterministic, linear_times, noise_source, rollout
 from tests.algorithms.toy import ToyPolicy, collect, gradient, train
 
 TIMES = linear_times(5)
@@ -120,3 +121,40 @@ def test_impossible_plans_are_refused(plans, message):
 
     with pytest.raises(ValueError, match=message):
         plans_of(Planned(num_steps=5), TIMES, 0, 8, 0)
+
+
+class Elementwise:
+    """A velocity that treats every latent dimension alike, so that the latents' shape cannot matter."""
+
+    def __init__(self):
+        self.slope = torch.tensor(0.7, requires_grad=True)
+
+    def velocity(self, x, t, cond):
+        return self.slope * x + 0.1 * x.tanh()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_shape_of_latents_does_not_matter(objective):
+    """Videos [E,C,F,H,W] with as many channels as edges: a std on the wrong axis would fit, and be wrong."""
+    algorithm = FlowGRPO(objective=objective, num_steps=5, kl_coef=0.0, clip_range=0.5, **{"trust": 0.5})
+    plan, found = algorithm.plan(TIMES, 0, 2, 0), []
+    for shape in ((8, 3, 2, 2), (96,)):
+        policy, roots = Elementwise(), torch.arange(2)
+        noise = noise_source((96,), seed=0, iteration=0, prompt=roots)
+
+        def shaped(root, member, step, shape=shape, noise=noise):
+            return noise(root, member, step).view(-1, *shape)
+
+        table = rollout(
+            lambda x, t, i, policy=policy: policy.velocity(x, t, {}), shaped(roots, roots * 0, -1), plan,
+            algorithm.kernel, eta=0.7, prompt=roots, group=roots, noise=shaped, keep_mean=True,
+        )  # fmt: skip
+        assert len(table) == 8
+        batch = Batch(prompts=[], cond={}, trajectory=table, leaf_prompt=table.leaf_prompt, plans=(plan,))
+        batch.advantages = torch.linspace(-1, 1, 8)
+        with torch.no_grad():
+            policy.slope += 0.01
+        loss = algorithm.loss(policy, batch)
+        (grad,) = torch.autograd.grad(loss.value, policy.slope)
+        found.append((loss.value.detach(), grad, loss.metrics["ratio_mean"]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)

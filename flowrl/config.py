@@ -365,7 +365,9 @@ def algorithm_class(name: str) -> type[Any]:
     except ResolveError as error:
         found, text = None, str(error)
     if isinstance(found, type) and issubclass(found, BaseModel) and callable(getattr(found, "loss", None)):
-        return found
+        if not (absent := getattr(found, "__abstractmethods__", None)):
+            return found
+        text = f"{name!r} has no {', '.join(sorted(absent))} of its own; see flowrl.types.Algorithm"
     raise ValidationError.from_exception_data("algorithm", [_conflict(("name",), text)])
 
 
@@ -428,7 +430,7 @@ def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
     from flowrl.algorithms.schedule import plans_of
 
     algorithm = config.algorithm.build()
-    absent = [name for name in ("num_steps", "plan", "credit", "loss") if not hasattr(algorithm, name)]
+    absent = [name for name in ("num_steps", "eta", "kernel", "plan", "credit", "loss") if not hasattr(algorithm, name)]
     if absent:
         yield ("algorithm", "name"), f"{config.algorithm.name} has no {', '.join(absent)}; see flowrl.types.Algorithm"
         return

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flowrl.algorithms.schedule import credit_of
 from flowrl.collect import grow, roots_of_prompts
 from flowrl.history import PromptHistory
 from flowrl.types import Algorithm, Batch, Prompt
@@ -65,7 +66,7 @@ def cost(
     """
     branches, needs = 2 if guided else 1, algorithm.needs
     batch = _sketch(algorithm, plans, prompts, samples_per_prompt, iteration, seed)
-    edges = batch.trajectory.select(~algorithm.credit(batch).isnan())
+    edges = batch.trajectory.select(~credit_of(algorithm, batch).isnan())
     stored, states = (len(table.state.unique()) for table in (batch.trajectory, edges))
     single_pass = update == "single_pass" or (update == "auto" and states >= LEAST_TRAINED * stored)
     return Cost(

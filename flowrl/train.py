@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flowrl import checkpoint
 from flowrl.algorithms.advantages import group_advantages
-from flowrl.algorithms.schedule import plans_of
+from flowrl.algorithms.schedule import credit_of, plans_of
 from flowrl.checkpoint import Checkpoint, CheckpointError, RunLock, flatten_optimizer, restore_optimizer
 from flowrl.collect import Conditions, Geometry, decode_and_submit, roll_out
 from flowrl.config import Config, diff, dump, identity
@@ -163,7 +163,7 @@ class Trainer:
         config, phase = self.config, PhaseTimer()
         calls_before = dict(self.policy.calls)
 
-        with phase("prompts"):
+        with self._saving_what_is_done(), phase("prompts"):
             prompts = self._prompts_of(iteration)
             slots = shard(list(range(len(prompts))), self.engine.rank, self.engine.world)
             mine = [prompts[slot] for slot in slots]
@@ -192,11 +192,11 @@ class Trainer:
             for name, watch in self.watches.items():
                 watch.see(scores[name], [row[name]["error"] for row in result.info if "error" in row[name]])
 
-        with phase("credit"):
+        with self._saving_what_is_done(), phase("credit"):
             for prompt, rewards in zip(prompts, table.view(len(prompts), per_prompt), strict=True):
                 self.history.add(prompt.id, rewards, iteration)
             everyone = self._with_everyones_rewards(batch, table, scores)
-            advantages = self.algorithm.credit(replace(everyone, groups=prompts, history=self.history))
+            advantages = credit_of(self.algorithm, replace(everyone, groups=prompts, history=self.history))
             batch = credited(replace(batch, rewards=result.total.double()), advantages)
 
         with phase("update"):
@@ -340,6 +340,7 @@ class Trainer:
         texts = [p.text for p in found.prompts]
         categories = [str(p.metadata.get("category", "")) for p in found.prompts]
         path = self.folder / "samples" / f"{self.iteration:06d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"prompts": texts, "categories": categories, "scores": rows}))
 
     # -------------------------------------------------------------------------------------------- stopping, going on

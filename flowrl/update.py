@@ -15,10 +15,11 @@ from torch import Tensor
 
 from flowrl.algorithms.aggregate import merge_metrics
 from flowrl.algorithms.policy_gradient import roots_of
+from flowrl.algorithms.schedule import AlgorithmError
 from flowrl.engine import Engine, together
 from flowrl.metrics import RunningMean
 from flowrl.policy import Policy
-from flowrl.types import Algorithm, Batch
+from flowrl.types import Algorithm, Batch, Loss
 from samplers import stable_seed
 
 
@@ -59,10 +60,11 @@ class Updater:
         """One optimiser step on the edges `mine` of this process."""
         total = int(self.engine.sum(torch.tensor(float(len(mine)))).item())
         self.optimizer.zero_grad(set_to_none=False)
-        parts, counts = [], []
+        parts, counts, sound = [], [], True
         with together(self.engine), self.policy.role("train"):
             for part in self._micro_batches(batch, mine):
-                loss = self.algorithm.loss(self.policy, part)
+                loss = _checked(self.algorithm.loss(self.policy, part))
+                sound &= bool(loss.value.isfinite())
                 (loss.value * (len(part.trajectory) / total)).backward()
                 parts.append(loss.metrics)
                 counts.append(len(part.trajectory))
@@ -72,7 +74,7 @@ class Updater:
         merged = self._merge({k: v.item() for k, v in merge_metrics(parts, counts).items()}, sum(counts))
         merged |= {"grad_norm": norm.item(), "skipped_updates": 0.0, "empty_updates": float(norm == 0)}
         if not torch.isfinite(norm):
-            return self._skip(merged)
+            return self._skip(merged, sound)
         self.skipped = 0
         # Without credit or KL the gradient is exactly 0; Adam's momentum and weight decay would still move the weights.
         if norm > 0:
@@ -121,16 +123,30 @@ class Updater:
             merged[name] = max(v for v, _ in values) if "_max" in name else mean
         return merged
 
-    def _skip(self, metrics: dict[str, float]) -> dict[str, float]:
+    def _skip(self, metrics: dict[str, float], sound: bool) -> dict[str, float]:
         """Leave weights, averages and optimiser untouched; give up after too many such steps in a row."""
+        advice = (
+            "Lower optimizer.lr or algorithm.clip_range, or train in float32."
+            if sound
+            else "The loss itself was not finite: look at the algorithm's credit and weight, and at the velocity."
+        )
         self.skipped += 1
         if self.skipped > self.max_skipped:
             raise UpdateError(
                 f"the gradient was not finite in {self.skipped} optimiser steps in a row; metrics of the last: "
-                f"{metrics}. The weights are those before the first of them. Lower optimizer.lr or "
-                "algorithm.clip_range, or train in float32."
+                f"{metrics}. The weights are those before the first of them. {advice}"
             )
         return metrics | {"skipped_updates": 1.0}
+
+
+def _checked(loss: object) -> Loss:
+    """A loss that can be differentiated, with metrics that can be merged."""
+    if not isinstance(loss, Loss) or not isinstance(loss.value, Tensor) or loss.value.dim():
+        raise AlgorithmError(
+            f"loss() returned {type(loss).__name__}; return flowrl.types.Loss(value, metrics) whose value is one "
+            "number: the mean over the edges of the batch."
+        )
+    return loss._replace(metrics={name: torch.as_tensor(value) for name, value in loss.metrics.items()})
 
 
 def deal(

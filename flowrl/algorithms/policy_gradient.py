@@ -16,6 +16,7 @@ from flowrl.algorithms import fields
 from flowrl.algorithms.advantages import Advantages, combined_advantages, group_advantages, keep_nonzero, to_edges
 from flowrl.algorithms.kl import Step, step_kl
 from flowrl.algorithms.objectives import NEEDS_MEANS, NEEDS_SEGMENTS, Edges, Limits, objective
+from flowrl.algorithms.schedule import AlgorithmError
 from flowrl.types import Batch, Hyperparameters, Loss, Needs, Policy
 from samplers import Kernel, Plan, Transition, gaussian_kl, gaussian_logprob
 
@@ -111,6 +112,10 @@ class PolicyGradient(Hyperparameters):
         metrics["adv_zero_frac"] = (batch.advantages == 0).float().mean()
         weight = self.weight(batch)
         if weight is not None:
+            if weight.shape != loss.shape:
+                raise AlgorithmError(
+                    f"weight() returned {list(weight.shape)}; return one factor for each edge, {list(loss.shape)}."
+                )
             loss = loss * weight
         metrics["policy_loss"] = loss.detach().mean()
         if self.kl_coef > 0:

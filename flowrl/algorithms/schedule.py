@@ -4,8 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from flowrl.types import Algorithm
+from flowrl.types import Algorithm, Batch
 from samplers import Plan, all_steps, random_window, shifted_times
+
+
+class AlgorithmError(ValueError):
+    """An algorithm answered what nobody can use."""
 
 
 def plans_of(
@@ -13,23 +17,51 @@ def plans_of(
 ) -> tuple[Plan, ...]:
     """The plans of an iteration, one or several, after the checks that every method wants (ValueError)."""
     answer = algorithm.plan(times, iteration, samples_per_prompt, seed)
-    plans = (answer,) if isinstance(answer, Plan) else tuple(answer or ())
-    if not plans:
-        raise ValueError("plan() returned no plan; return one, or one for each kind of root.")
+    plans = tuple(answer) if isinstance(answer, list | tuple) else (answer,)
+    if not plans or not all(isinstance(plan, Plan) for plan in plans):
+        raise AlgorithmError(
+            f"plan() returned {_told(answer)}; return a samplers.Plan, or a list of them, one for each kind of root."
+        )
     for plan in plans:
         if algorithm.needs.logprobs and not plan.num_stochastic:
-            raise ValueError(
+            raise AlgorithmError(
                 "no step of the plan is stochastic, so there is no log-prob and nothing to learn from; "
                 "give it a window or steps."
             )
+        if plan.stochastic[-1]:
+            raise AlgorithmError(
+                f"the last step of the plan, {plan.num_steps - 1}, is stochastic, and its noise would stay in the "
+                "sample; end the window or the steps before it."
+            )
         if samples_per_prompt % plan.leaves_per_root:
-            raise ValueError(
+            raise AlgorithmError(
                 f"samples_per_prompt={samples_per_prompt} is no multiple of the {plan.leaves_per_root} samples that "
                 "one initial noise branches into; change it, or the fanout."
             )
     if len({plan.leaves_per_root for plan in plans}) > 1:
-        raise ValueError("the plans of an iteration must all branch into the same number of samples.")
+        raise AlgorithmError("the plans of an iteration must all branch into the same number of samples.")
     return plans
+
+
+def credit_of(algorithm: Algorithm, batch: Batch) -> Tensor:
+    """The credit [E] of a batch's edges; AlgorithmError unless it is one number or NaN for each."""
+    credit = algorithm.credit(batch)
+    count = len(batch.trajectory)
+    if not isinstance(credit, Tensor) or credit.shape != (count,) or not credit.is_floating_point():
+        raise AlgorithmError(
+            f"credit() returned {_told(credit)}; return a floating tensor [{count}], one number for each stored step "
+            "of the batch (flowrl.algorithms.advantages.to_edges makes it from samples' advantages)."
+        )
+    if bool(credit.isinf().any()):
+        raise AlgorithmError("credit() returned an infinite number; it divides by a std of 0, perhaps: add an eps.")
+    return credit
+
+
+def _told(answer: object) -> str:
+    if isinstance(answer, Tensor):
+        return f"a {str(answer.dtype).removeprefix('torch.')} tensor {list(answer.shape)}"
+    text = repr(answer)
+    return f"{type(answer).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
 def training_times(times: Tensor, num_steps: int, shift: float | None) -> Tensor:

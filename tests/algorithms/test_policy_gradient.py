@@ -5,9 +5,9 @@ import torch
 
 from flowrl.algorithms.flow_grpo import FlowGRPO
 from flowrl.algorithms.mix_grpo import MixGRPO
-from flowrl.algorithms.schedule import plans_of
+from flowrl.algorithms.schedule import AlgorithmError, credit_of, plans_of
 from flowrl.types import Batch
-from samplers import Plan, branch_at, deterministic, linear_times, noise_source, rollout
+from samplers import Plan, branch_at, deterministic, linear_times, noise_source, rollout, window
 from tests.algorithms.toy import ToyPolicy, collect, gradient, train
 
 TIMES = linear_times(5)
@@ -108,7 +108,10 @@ def test_edges_with_zero_credit_can_be_left_out():
 @pytest.mark.parametrize(
     ("plans", "message"),
     [
-        ([], "returned no plan"),
+        ([], r"plan\(\) returned list \[\]; return a samplers.Plan"),
+        (None, "returned NoneType None"),
+        (["SS.."], "returned list"),
+        (window(TIMES, 3, 2), "the last step of the plan, 4, is stochastic"),
         (deterministic(TIMES), "no step of the plan is stochastic"),
         (branch_at(TIMES, [0], 3), "samples_per_prompt=8 is no multiple of the 3 samples"),
         ([branch_at(TIMES, [0], 2), branch_at(TIMES, [0], 4)], "branch into the same number"),
@@ -158,3 +161,33 @@ def test_the_shape_of_latents_does_not_matter(objective):
         (grad,) = torch.autograd.grad(loss.value, policy.slope)
         found.append((loss.value.detach(), grad, loss.metrics["ratio_mean"]))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("credit", "message"),
+    [
+        (lambda n: None, r"credit\(\) returned NoneType None; return a floating tensor \[24\]"),
+        (lambda n: torch.zeros(n, 1), r"a float32 tensor \[24, 1\]"),
+        (lambda n: torch.zeros(n, dtype=torch.long), "a int64 tensor"),
+        (lambda n: torch.full((n,), float("inf")), "infinite"),
+    ],
+)
+def test_credit_of_another_shape_is_refused(credit, message):
+    class Crediting(FlowGRPO):
+        def credit(self, batch):
+            return credit(len(batch.trajectory))
+
+    algorithm = Crediting(num_steps=4)
+    with pytest.raises(AlgorithmError, match=message):
+        credit_of(algorithm, collect(FlowGRPO(num_steps=4), ToyPolicy(), k=2))
+
+
+@pytest.mark.parametrize("shape", [(24, 1), (1,), ()])
+def test_a_weight_that_would_be_broadcast_is_refused(shape):
+    class Weighing(FlowGRPO):
+        def weight(self, batch):
+            return torch.ones(shape)
+
+    policy = ToyPolicy()
+    with pytest.raises(AlgorithmError, match=r"weight\(\) returned .*one factor for each edge, \[24\]"):
+        Weighing(num_steps=4).loss(policy, collect(FlowGRPO(num_steps=4), policy, k=2))

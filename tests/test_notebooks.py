@@ -11,7 +11,8 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 
 
 def test_there_are_notebooks():
-    assert {path.name for path in NOTEBOOKS} >= {"01_samplers.ipynb", "02_quickstart.ipynb"}
+    names = {"01_samplers.ipynb", "02_quickstart.ipynb", "03_branching_and_windows.ipynb"}
+    assert {path.name for path in NOTEBOOKS} >= names
 
 
 @every_notebook

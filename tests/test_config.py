@@ -311,19 +311,23 @@ def test_an_error_in_a_base_names_the_base(folder):
 def test_what_a_custom_algorithm_refuses_is_said_with_its_key(folder):
     (folder / "mine.py").write_text(
         textwrap.dedent("""
+        import samplers
         from pydantic import Field
         from flowrl.types import Hyperparameters
 
         class Mine(Hyperparameters):
             num_steps: int = 4
+            eta: float = 0.7
             power: float = Field(default=1.0, gt=0, description="How strong.")
 
-            def plan(self, times, iteration, samples_per_prompt, seed):
-                from samplers import all_steps
+            @property
+            def kernel(self):
+                return samplers.flow_sde
 
+            def plan(self, times, iteration, samples_per_prompt, seed):
                 if iteration > 10:
                     raise ValueError("no steps are left")
-                return all_steps(times)
+                return samplers.all_steps(times)
 
             def credit(self, batch): ...
 

@@ -34,8 +34,7 @@ KINDS = {
         "algorithm": {"name": "ddpo", "num_steps": 4, "clip_range": 1e-2, "min_count": 8},
         "data.history": 12,
         "data.curriculum": "learnable",
-        "data.prompts_per_iteration": 2,
-        "data.evaluation": {"num_samples": 4, "num_steps": 3, "grid_prompts": 2},
+        "data.prompts": [*runs.PROMPTS, "a tree", "a boat"],
         "optimizer.update": "single_pass",
     },
 }

@@ -299,7 +299,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(trainer):
         assert not runs.same(runs.state(run), before) and run.updater.skipped == 0
     before = runs.state(run)
     run.step(5)
-    with pytest.raises(UpdateError, match="not finite in 2 optimiser steps in a row.*Lower optimizer.lr"):
+    with pytest.raises(UpdateError, match="not finite in 2 optimiser steps in a row.*The loss itself was not finite"):
         run.step(6)
     assert runs.same(runs.state(run), before)
     assert all(tensor.isfinite().all() for tensor in before.values())

@@ -36,9 +36,10 @@ EQUAL = (
     "optimizer.updates_per_iteration=3",
 )  # fmt: skip
 """Equal work: 96 samples of 20 steps, three optimiser steps."""
-SLIDE = (  # over the whole grid, a step an iteration
+SLIDE = (  # over the whole grid
     "algorithm.window=4",
     "algorithm.shift_every=1",
+    "algorithm.stride=2",  # nine places: as many rounds see each once
     "algorithm.last_start=null",
 )
 TREE = ("algorithm.splits=[0,3,6,9]", "algorithm.prune_steps=[11,12,13,14,15,16,17,18]", "algorithm.prune_stop=11")

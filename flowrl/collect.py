@@ -24,8 +24,9 @@ from samplers import Plan, Trajectory, deterministic, noise_source, rollout
 class Conditions:
     """Conditions by prompt text, encoded once: the text encoders are frozen, so they never change.
 
-    Each text is encoded alone (`chunk`): in a batch the last bit would depend on its neighbours, and so on which texts a
-    resumed run has not seen yet. Kept on the CPU (a large model's take megabytes each), the `limit` used last; given out on `device`.
+    Each text is encoded alone (`chunk`): in a batch the last bit would depend on its neighbours, and so on which texts
+    a resumed run has not seen yet. Kept on the CPU (a large model's take megabytes each), the `limit` used last; given
+    out on `device`.
     """
 
     encode: Callable[[Sequence[str]], Cond]

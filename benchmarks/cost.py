@@ -42,11 +42,12 @@ SLIDE = (  # over the whole grid
     "algorithm.stride=2",  # eleven places: as many rounds see each once
     "algorithm.last_start=null",
 )
-TREE = (
-    "algorithm.splits=[0,3,6,9]",
-    "algorithm.prune_steps=[11,12,13,14,15,16,17,18,19,20,21,22,23]",
-    "algorithm.prune_stop=11",
+TREE = (  # the published splits 0, 3, 6, 9 of 20 steps, at the same share of 25
+    "algorithm.splits=[0,4,8,11]",
+    "algorithm.prune_steps=[13,14,15,16,17,18,19,20,21,22,23]",
+    "algorithm.prune_stop=13",
 )
+
 
 CASES = (
     Case("dance_grpo", "configs/shapes/dance_grpo.yaml", EQUAL, "dance_grpo"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,10 +19,21 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at configs without run
 shapes_app = typer.Typer(no_args_is_help=True, help="The built-in world: its scenes and its base model.")
 app.add_typer(config_app, name="config")
 app.add_typer(shapes_app, name="shapes")
+pairs_app = typer.Typer(no_args_is_help=True, help="Pairs of samples to learn preferences from: make and look at them.")
+app.add_typer(pairs_app, name="pairs")
+reward_app = typer.Typer(no_args_is_help=True, help="Rewards of noised latents, to guide sampling with.")
+app.add_typer(reward_app, name="reward")
 console = Console()
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config, e.g. configs/quickstart.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it, e.g. seed=3 algorithm.clip_range=1e-4.")]
+Guides = Annotated[
+    list[str] | None,
+    typer.Option("--guide", help="FOLDER=WEIGHT of a latent reward (flowrl reward train-latent); may be repeated."),
+]
+GuideRange = Annotated[
+    tuple[float, float], typer.Option(help="Times at which guides pull: lowest and highest; 0 = data, 1 = noise.")
+]
 
 
 def main() -> None:
@@ -80,11 +91,16 @@ def evaluate_command(
     num_steps: Annotated[int | None, typer.Option(help="Denoising steps; default as in the run.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise; default as in the run.")] = None,
     base: Annotated[bool, typer.Option(help="Evaluate the base model too, for comparison.")] = True,
+    guide: Guides = None,
+    guide_range: GuideRange = (0.0, 1.0),
 ) -> None:
     """Score a run's exported weights, and the base model, on the held-out prompts."""
     from flowrl.standalone import evaluate_run
 
-    evaluate_run(run, num_samples=num_samples, num_steps=num_steps, seed=seed, with_base=base, console=console)
+    evaluate_run(
+        run, num_samples=num_samples, num_steps=num_steps, seed=seed, with_base=base, console=console,
+        guides=guide or [], t_range=guide_range,
+    )  # fmt: skip
 
 
 @app.command()
@@ -98,6 +114,8 @@ def sample(
     tuned_share: Annotated[
         float, typer.Option(help="Share of the steps, noisiest first, by --from; the rest by its base.", min=0, max=1)
     ] = 1.0,
+    guide: Guides = None,
+    guide_range: GuideRange = (0.0, 1.0),
     seed: int = 0,
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("sample.png"),
 ) -> None:
@@ -106,7 +124,7 @@ def sample(
 
     sample_grid(
         prompts, model=model, weights=from_, count=count, num_steps=num_steps, guidance=guidance, seed=seed,
-        output=output, tuned_share=tuned_share,
+        output=output, tuned_share=tuned_share, guides=guide or [], t_range=guide_range,
     )  # fmt: skip
     console.print(f"wrote {output}")
 
@@ -174,6 +192,20 @@ def shapes_pretrain(
     console.print(f"wrote {output}; try: flowrl sample --model {output} 'a red circle'")
 
 
+@shapes_app.command("train-scorer")
+def shapes_train_scorer(
+    output: Annotated[Path, typer.Option(help="Folder of the finished weights; run again to continue after a stop.")],
+    seed: int = 0,
+    steps: Annotated[int | None, typer.Option(help="Training steps; default as for the shipped weights.")] = None,
+) -> None:
+    """Train the built-in scorer, the reward shapes_clip, from nothing (minutes); prints how often it is right."""
+    from flowrl.shapes.scorer import Recipe, train_scorer
+
+    for line in train_scorer(output, Recipe(seed=seed) if steps is None else Recipe(seed=seed, steps=steps)):
+        print(line)
+    console.print(f"wrote {output}; as a reward: {{use: shapes_clip, weights: {output}}}")
+
+
 @shapes_app.command("draw")
 def shapes_draw(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; default: some of each category.")] = None,
@@ -185,6 +217,78 @@ def shapes_draw(
 
     draw_scenes(prompts or [], seed, output)
     console.print(f"wrote {output}")
+
+
+@reward_app.command("train-latent")
+def reward_train_latent(
+    config: ConfigPath,
+    output: Annotated[Path, typer.Option(help="Folder of the finished reward.")],
+    overrides: Overrides = None,
+    reward: Annotated[str | None, typer.Option(help="Score to learn, such as shapes.strict; default: total.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Learn from a folder of pairs instead of own samples.")] = None,
+    prompts: Annotated[int, typer.Option(help="Prompts to sample.", min=2)] = 128,
+    samples_per_prompt: Annotated[int, typer.Option(help="Samples that are compared with each other.", min=2)] = 8,
+    num_steps: Annotated[int | None, typer.Option(help="Denoising steps; default as in evaluations.", min=1)] = None,
+    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 300,
+    blocks: Annotated[int, typer.Option(help="Blocks of the model that it begins with.", min=1)] = 2,
+    objective: Annotated[str, typer.Option(help="bradley_terry (pairs), or mse (the reward's own values).")] = (
+        "bradley_terry"
+    ),
+    lr: Annotated[float, typer.Option(help="Learning rate at the start; it falls linearly to 0.", min=0)] = 1e-3,
+    seed: int = 0,
+) -> None:
+    """Train a small reward on noised latents of a config's model; `--guide` of sample and eval steers with it."""
+    loaded = _checked(config, overrides)
+    from flowrl.train_latent import train_latent
+
+    facts = train_latent(
+        loaded, output, reward=reward, pairs=pairs, num_prompts=prompts, samples_per_prompt=samples_per_prompt,
+        num_steps=num_steps, steps=steps, blocks=blocks, objective=objective, lr=lr, seed=seed,
+    )  # fmt: skip
+    for level, found in facts["pair_accuracy"].items():
+        accuracy = "–" if found["accuracy"] is None else f"{found['accuracy']:.3f}"
+        console.print(f"held-out pairs told apart at t = {level}: {accuracy} of {found['pairs']}", highlight=False)
+    console.print(f"wrote {output}; try: flowrl sample --guide {output}=1 'a red circle'")
+
+
+@pairs_app.command("make")
+def pairs_make(
+    config: ConfigPath,
+    output: Annotated[Path, typer.Argument(help="Folder of the pairs; run again to continue after a stop.")],
+    overrides: Overrides = None,
+    num_prompts: Annotated[int | None, typer.Option(help="Prompts; default: each of data.prompts once.", min=1)] = None,
+    samples_per_prompt: Annotated[int, typer.Option(help="Samples that are compared with each other.", min=2)] = 8,
+    choose: Annotated[
+        Literal["best_worst", "all", "margin"], typer.Option(help="One pair a prompt, all that differ, or by a margin.")
+    ] = "best_worst",
+    min_margin: Annotated[float, typer.Option(help="Rewards of a pair differ by more than this.", min=0)] = 0.0,
+    from_: Annotated[Path | None, typer.Option("--from", help="A run, or its weights folder; default: base.")] = None,
+    num_steps: Annotated[int | None, typer.Option(help="Denoising steps; default as in evaluations.", min=1)] = None,
+    seed: int = 0,
+) -> None:
+    """Sample a config's prompts, score them with its rewards, and store pairs of better and worse ones."""
+    loaded = _checked(config, overrides)
+    from flowrl.make_pairs import make_pairs
+
+    summary = make_pairs(
+        loaded, output, num_prompts=num_prompts, samples_per_prompt=samples_per_prompt, how=choose,
+        min_margin=min_margin, weights=from_, num_steps=num_steps, seed=seed, console=console,
+    )  # fmt: skip
+    console.print(
+        f"wrote {output}: {summary.pairs} pairs of {summary.prompts} prompts; without a pair: {summary.tied} tied, "
+        f"{summary.unjudged} without verdicts ({summary.no_verdict} samples)", highlight=False,
+    )  # fmt: skip
+
+
+@pairs_app.command("show")
+def pairs_show(folder: Annotated[Path, typer.Argument(help="A folder of pairs, or its pairs.jsonl.")]) -> None:
+    """Check a folder of pairs, and say how many there are, how far apart, and what made them."""
+    from flowrl.pairs import describe_pairs
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for row in describe_pairs(folder):
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
 
 
 def _checked(config: Path, overrides: list[str] | None):  # type: ignore[no-untyped-def]

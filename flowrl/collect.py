@@ -17,7 +17,10 @@ from flowrl.policy import Policy
 from flowrl.record import Recorder
 from flowrl.types import Algorithm, Batch, Cond, Prompt, take
 from rewards import RewardHub, Sample
-from samplers import Plan, Trajectory, deterministic, noise_source, rollout
+from samplers import Plan, Trajectory, Velocity, deterministic, noise_source, rollout
+
+Guidance = Callable[[Velocity, Cond], Velocity]
+"""guide(velocity, conditions [P, ...]) -> another velocity, whose prompts are indices into these conditions too."""
 
 
 @dataclass(kw_only=True)
@@ -70,7 +73,7 @@ def roll_out(
     conditions: Conditions, geometry: Geometry, *, samples_per_prompt: int, iteration: int, seed: int,
     recorder: Recorder | None = None,
 ) -> Batch:  # fmt: skip
-    """The samples of these prompts, with the edges to train on.
+    """The samples of these prompts, drawn by the old policy where there is one, with the edges to train on.
 
     `slots` are the prompts' places in the whole iteration's list: noise is keyed and plans are dealt by them, so that a
     prompt's samples do not depend on which process makes them, and equal prompts do not get equal noise. A `recorder`
@@ -94,12 +97,67 @@ def roll_out(
             stored_velocity=recorder and (lambda x, t, i: recorder(x, t, take(cond, i))),
         )  # fmt: skip
 
-    with policy.role("rollout"):
+    drawing = nullcontext() if algorithm.needs.on_policy else policy.old()
+    with drawing, policy.role("rollout"):
         trajectory = grow(plans, slot * int(samples_per_prompt // width) + number, walk)
     return Batch(
         prompts=list(prompts), cond=cond, trajectory=trajectory, leaf_prompt=trajectory.leaf_prompt, plans=tuple(plans),
         iteration=iteration, seed=seed, velocity=recorder and recorder.result(),
     )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class StoredSamples:
+    """Samples from disk instead of a rollout: each prompt's metadata names its own, under `stored`.
+
+    `stored` is a list of {"media": path, "reward": number}, as `flowrl.pairs.read_pairs` gives it. The media are
+    encoded into the model's latents when they come up.
+    """
+
+    policy: Policy
+    geometry: Geometry
+    samples_per_prompt: int
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse prompts without as many stored samples (ValueError)."""
+        for prompt in prompts:
+            count = len(prompt.metadata.get("stored", ()))
+            if count != self.samples_per_prompt:
+                raise ValueError(
+                    f"data.samples is `stored`, but prompt {prompt.id} ({prompt.text!r}) names {count} stored samples "
+                    f"where data.samples_per_prompt is {self.samples_per_prompt}. A folder of pairs has 2 each."
+                )
+
+    def __call__(
+        self, prompts: Sequence[Prompt], slots: Sequence[int], conditions: Conditions, *, iteration: int, seed: int
+    ) -> Batch:
+        """The samples of these prompts, with the rewards that were recorded."""
+        from flowrl.pairs import load_media
+
+        self.check(prompts)
+        rows = [row for prompt in prompts for row in prompt.metadata["stored"]]
+        device = self.policy.device
+        parts = []
+        for start in range(0, len(rows), size := self.geometry.decode_batch or len(rows)):
+            media = torch.stack([load_media(row["media"]) for row in rows[start : start + size]])
+            parts.append(self.policy.model.encode_media(self._checked(media).to(device)))
+        x0 = torch.cat(parts).float()
+        prompt = torch.arange(len(prompts)).repeat_interleave(self.samples_per_prompt)
+        slot = torch.tensor(list(slots), dtype=torch.long)[prompt]
+        return Batch(
+            prompts=list(prompts), cond=conditions([p.text for p in prompts]),
+            trajectory=Trajectory.finished(x0, group=slot, leaf_prompt=prompt), leaf_prompt=prompt.to(device),
+            iteration=iteration, seed=seed, rewards=torch.tensor([float(row["reward"]) for row in rows]).double(),
+        )  # fmt: skip
+
+    def _checked(self, media: Tensor) -> Tensor:
+        g, found = self.geometry, tuple(media.shape[-2:])
+        if found != (g.height, g.width) or media.shape[1] != g.frames:
+            raise ValueError(
+                f"stored media are {media.shape[1]} x {found[0]} x {found[1]} (frames, height, width), the run's "
+                f"{g.frames} x {g.height} x {g.width}: set model.frames, height and width to the media's."
+            )
+        return media
 
 
 def roots_of_prompts(plans: Sequence[Plan], num_prompts: int, samples_per_prompt: int) -> tuple[Tensor, Tensor]:
@@ -127,14 +185,27 @@ def grow(plans: Sequence[Plan], place: Tensor, walk: Callable[[Plan, Tensor], Tr
 def sample(
     policy: Policy, prompts: Sequence[Prompt], slots: Sequence[int], conditions: Conditions, geometry: Geometry, *,
     num_steps: int, seed: int, iteration: int = -1, batch: int = 150, tuned_steps: int | None = None,
+    guide: Guidance | None = None,
 ) -> Tensor:  # fmt: skip
     """One sample [N,F,3,H,W] a prompt along the model's own grid, by ODE; noise keyed by (seed, iteration, slot).
 
     `tuned_steps`: only the first so many steps, the noisiest, are the policy's; the rest are its `reference()`'s, the
     base model's. MixGRPO (arXiv:2507.21802) takes 30 of 50 against reward hacking. None: all. ValueError if there are
-    fewer steps than that.
+    fewer steps than that. `guide` changes the velocity of every step.
     """
-    media = []
+    latents = draw(
+        policy, prompts, slots, conditions, geometry, num_steps=num_steps, seed=seed, iteration=iteration, batch=batch,
+        tuned_steps=tuned_steps, guide=guide,
+    )  # fmt: skip
+    return torch.cat([decode(policy, x0, geometry.decode_batch) for x0 in latents])
+
+
+def draw(
+    policy: Policy, prompts: Sequence[Prompt], slots: Sequence[int], conditions: Conditions, geometry: Geometry, *,
+    num_steps: int, seed: int, iteration: int = -1, batch: int = 150, tuned_steps: int | None = None,
+    guide: Guidance | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """The clean latents [n,*L] that `sample` decodes, `batch` of them at a time."""
     plan = deterministic(policy.model.times(num_steps, geometry.height, geometry.width, geometry.frames))
     last = plan.num_steps if tuned_steps is None else tuned_steps
     if not 0 <= last <= plan.num_steps:
@@ -154,9 +225,7 @@ def sample(
                 return policy.velocity(x, t, take(cond, i))
 
         x_init = noise(index, torch.zeros_like(index), -1)
-        done = rollout(velocity, x_init, plan, prompt=index, group=slot)
-        media.append(decode(policy, done.x0, geometry.decode_batch))
-    return torch.cat(media)
+        yield rollout(guide(velocity, cond) if guide else velocity, x_init, plan, prompt=index, group=slot).x0
 
 
 @torch.no_grad()

@@ -197,6 +197,8 @@ class DataConfig(Section):
     """Prompts of the evaluation, same forms; null = the held-out prompts of `shapes`, else the training prompts."""
     prompts_per_iteration: Count = 12
     """P: groups in one iteration, all devices together."""
+    samples: Literal["rollout", "stored"] = "rollout"
+    """`stored`: samples and their rewards come from disk, as the prompts' rows name them (a folder of pairs)."""
     samples_per_prompt: Count = 12
     """K: samples of a group, compared with each other; 2 or more for a method with group advantages."""
     max_no_verdict: Share = 0.5

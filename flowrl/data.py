@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 BUILT_IN = "shapes"
 SPLITS = ("train", "held_out")
+PAIRS = "pairs.jsonl"
+"""The rows of a pair store."""
 
 
 class DataError(ValueError):
@@ -44,14 +46,20 @@ def load_prompts(source: str | Path | Sequence[str], split: str = "train") -> li
     """The prompts of a source, numbered from 0 in its order; equal texts stay different prompts.
 
     `source` is "shapes" (the built-in world, whose `split` is "train" or "held_out"), a .txt file with one prompt a
-    line, a .jsonl file with {"prompt": text, ...metadata} a line, or a sequence of texts. Files have no splits.
+    line, a .jsonl file with {"prompt": text, ...metadata} a line, a folder of pairs (`flowrl.pairs`, or its
+    pairs.jsonl), or a sequence of texts. Files have no splits.
     """
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; there are {' and '.join(SPLITS)}.")
     if source == BUILT_IN:
         rows = _built_in(split)
     elif isinstance(source, str | Path):
-        rows = _read_file(Path(source).expanduser())
+        path = Path(source).expanduser()
+        if _is_of_pairs(path):
+            from flowrl.pairs import read_pairs  # which reads its lines with what is below
+
+            return read_pairs(path)
+        rows = _read_file(path)
     else:
         rows = [_row(f"prompt {index} of the list", text) for index, text in enumerate(source)]
     if not rows:
@@ -76,12 +84,22 @@ def _built_in(split: str) -> list[tuple[str, dict[str, Any]]]:
     return [(spec.prompt, {"category": spec.category}) for spec in prompts(split)]
 
 
+def _is_of_pairs(path: Path) -> bool:
+    return path.name == PAIRS or (path / PAIRS).is_file()
+
+
 def _read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    readers = {".txt": _text_row, ".jsonl": _json_row}
+    readers = {".txt": _text_row, ".jsonl": json_row}
     if not path.is_file():
         raise DataError(_missing(path))
     if path.suffix not in readers:
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}; use .txt (one prompt a line) or .jsonl.")
+    lines = read_lines(path)
+    return [readers[path.suffix](f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file without their ends; empty ones at its end are left out. DataError if it is not one."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -90,13 +108,12 @@ def _read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
     # Not splitlines(): it would also split at the line separators that Unicode allows inside a prompt.
-    lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")] if text.strip("\r\n") else []
-    return [readers[path.suffix](f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
+    return [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")] if text.strip("\r\n") else []
 
 
 def _missing(path: Path) -> str:
     if path.is_dir():
-        return f"{path} is a folder; name a .txt or .jsonl file in it."
+        return f"{path} is a folder without {PAIRS}; name a .txt or .jsonl file in it, or a folder of pairs."
     known = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = nearest(path.name, [*known, BUILT_IN])
     return (
@@ -109,7 +126,8 @@ def _text_row(place: str, line: str) -> tuple[str, dict[str, Any]]:
     return _row(place, line)
 
 
-def _json_row(place: str, line: str) -> tuple[str, dict[str, Any]]:
+def json_row(place: str, line: str) -> tuple[str, dict[str, Any]]:
+    """The prompt of a line {"prompt": text, ...} and its other fields; a DataError names `place` and the mend."""
     if not line.strip():
         raise DataError(f"{place}: the line is empty; remove it.")
     try:

@@ -28,10 +28,11 @@ class EMA:
         self._applied = False
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Moves the average towards the weights; call it once after each optimiser step."""
+    def update(self, decay: float | None = None) -> None:
+        """Moves the average towards the weights, by the decay it was built with or this one; once a step."""
         self._refuse_while_applied("update")
-        decay = min((1 + self.count) / (10 + self.count), self.decay) if self.warmup else self.decay
+        if decay is None:
+            decay = min((1 + self.count) / (10 + self.count), self.decay) if self.warmup else self.decay
         for name, parameter in self._parameters.items():
             self._average[name].lerp_(parameter.detach(), 1 - decay)
         self.count += 1
@@ -47,6 +48,10 @@ class EMA:
         finally:
             self._swap()
             self._applied = False
+
+    def equals_weights(self) -> bool:
+        """Whether the average is the weights, bit by bit."""
+        return all(torch.equal(self._average[name], p) for name, p in self._parameters.items())
 
     def reset(self) -> None:
         """Starts the average again at the present weights."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl.collect import Conditions, Geometry, sample, samples_of
+from flowrl.collect import Conditions, Geometry, Guidance, sample, samples_of
 from flowrl.policy import Policy
 from flowrl.types import Prompt
 from rewards import RewardHub
@@ -88,12 +88,14 @@ def evaluate(
     seed: int,
     measures: Sequence[Measure] = (),
     batch: int = 150,
+    guide: Guidance | None = None,
 ) -> Evaluation:
-    """Sample one medium for each prompt with the averaged weights, and score it."""
+    """Sample one medium for each prompt with the averaged weights, and score it; `guide` changes the velocity."""
     with policy.averaged():
         media = sample(
-            policy, prompts, range(len(prompts)), conditions, geometry, num_steps=num_steps, seed=seed, batch=batch
-        )
+            policy, prompts, range(len(prompts)), conditions, geometry, num_steps=num_steps, seed=seed, batch=batch,
+            guide=guide,
+        )  # fmt: skip
     ids = {p.id: i for i, p in enumerate(prompts)}
     group = torch.tensor([ids[p.id] for p in prompts])
     result = hub(samples_of(media, prompts, torch.arange(len(prompts)), group))

@@ -58,6 +58,8 @@ class Policy:
     `teachers` are the folders that `teacher()` can be asked for: runs, or what an export wrote. LoRA teachers are
     adapters on one frozen base, the student's own where it trains LoRA itself; a teacher with full weights is a copy of
     the transformer. None of them learns, is averaged, saved or exported. `largest_guidance` is the teachers'.
+
+    `old` keeps a second set of weights, which follows those that learn: `old()`, moved by `follow`.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Policy:
         ema_decay: float | None = None,
         ema_warmup: bool = True,
         reference: bool = False,
+        old: bool = False,
         teachers: Sequence[str] = (),
         largest_guidance: float = 1.0,
         gradient_checkpointing: bool = False,
@@ -108,6 +111,9 @@ class Policy:
             self._initial = copy.deepcopy(self._module).requires_grad_(False)
         self._teachers = {name: self._load_teacher(name, folder, shapes) for name, folder in folders.items()}
         self.ema = EMA(self._parameters, ema_decay, ema_warmup) if ema_decay is not None and self._parameters else None
+        self._old = EMA(self._parameters, 0.0, warmup=False) if old else None
+        self.old_is_current = True
+        """Whether the weights of `old()` are the trained ones: then what these say need not be asked twice."""
 
     @property
     def num_trainable(self) -> int:
@@ -176,35 +182,64 @@ class Policy:
             self.guidance = before
 
     @contextmanager
+    def old(self) -> Iterator[None]:
+        """Within it `velocity` is that of the weights that follow the trained ones, and counts as "old".
+
+        Without such a policy of its own, the trained one. Values change places: enter it before the trained policy is
+        evaluated with a graph, or the backward pass refuses.
+        """
+        apart = self._old is not None and not self.old_is_current
+        with self.role("old"), self._old.applied() if self._old and apart else nullcontext():
+            yield
+
+    def follow(self, decay: float) -> None:
+        """After an iteration: old <- decay old + (1 - decay) trained; 0 makes them equal."""
+        if self._old is not None:
+            self._old.update(decay)
+            self.old_is_current = decay == 0
+
+    @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within it the averaged weights are in place; without an average, the weights themselves."""
         with self.ema.applied() if self.ema else nullcontext():
             yield
 
     def update_average(self) -> None:
-        """Once after each optimiser step; nothing to do without an average."""
+        """Once after each optimiser step: the average moves, and the old policy is no longer the trained one."""
         if self.ema:
             self.ema.update()
+        self.old_is_current = self._old is None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`weights.<name>` of what learns, and `ema.<name>` of its average; copies on the CPU."""
-        average = self.ema.state_dict() if self.ema else {}  # first: it refuses while the average is in place
+        """`weights.<name>` of what learns, `ema.<name>` and `old.<name>` of what follows it; copies on the CPU."""
+        # First: they refuse while their values are in place of the weights.
+        followers = {f"{kind}.{name}": x for kind, ema in self._followers.items() for name, x in ema.state_dict().items()}
         weights = {f"weights.{name}": p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
-        return {**weights, **{f"ema.{name}": tensor for name, tensor in average.items()}}
+        return {**weights, **followers}
+
+    @property
+    def _followers(self) -> dict[str, EMA]:
+        return {name: ema for name, ema in (("ema", self.ema), ("old", self._old)) if ema is not None}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes back what `state_dict` gave, bit by bit; other names or shapes are a ModelError."""
-        weights = {k.removeprefix("weights."): v for k, v in state.items() if k.startswith("weights.")}
-        average = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
-        if bool(average) != (self.ema is not None):
-            raise ModelError(
-                f"the saved state has {'an' if average else 'no'} average of weights, this policy "
-                f"{'one' if self.ema else 'none'}. Set ema_decay as it was in the run that saved it."
-            )
-        self._assign(weights)
-        if self.ema:
-            self.ema.load_state_dict(average)
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}, "old": {}}
+        for key, tensor in state.items():
+            part, _, name = key.partition(".")
+            parts.setdefault(part, {})[name] = tensor
+        for kind, what, mend in (
+            ("ema", "an average of weights", "ema_decay"), ("old", "weights that follow", "the algorithm"),
+        ):  # fmt: skip
+            if bool(parts[kind]) != (kind in self._followers):
+                there, here = ("has", "none") if parts[kind] else ("lacks", "them")
+                raise ModelError(
+                    f"the saved state {there} {what}, this policy has {here}. Set {mend} as in the run that saved it."
+                )
+        self._assign(parts["weights"])
+        for kind, follower in self._followers.items():
+            follower.load_state_dict(parts[kind])
+        self.old_is_current = self._old is None or self._old.equals_weights()
 
     def export(self, folder: str | Path, *, averaged: bool = True, inference: Mapping[str, Any] | None = None) -> Path:
         """Writes what was learnt in diffusers' own format, with `inference.json` and a README that shows its use.
@@ -359,8 +394,9 @@ def load_weights(target: Any, folder: str | Path) -> None:
         _load_component(getattr(pipe, component), source / component)
         if isinstance(target, Policy):
             target._overwritten = True
-    if isinstance(target, Policy) and target.ema:
-        target.ema.reset()
+    if isinstance(target, Policy):
+        for follower in target._followers.values():
+            follower.reset()
 
 
 def _add_lora(module: Any, lora: Lora, targets: Sequence[str], seed: int) -> None:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flowrl import checkpoint
-from flowrl.collect import Conditions, Geometry, sample
+from flowrl.collect import Conditions, Geometry, Guidance, sample
 from flowrl.config import Config, load_config
 from flowrl.data import BUILT_IN, load_prompts
 from flowrl.engine import default_device
 from flowrl.evaluate import Evaluation, evaluate, evaluation_prompts, mean_and_error, paired_gain
+from flowrl.latent_reward import LatentReward, guided_by
 from flowrl.models.pipeline import LORA_WEIGHTS, load, read_inference
 from flowrl.policy import Policy, load_weights
 from flowrl.report import save_grid
@@ -57,10 +58,31 @@ def _config_of(weights: Path) -> Config | None:
     return run_config(weights.parent) if (weights.parent / "config.yaml").is_file() else None
 
 
+def guidance_of(guides: Sequence[str], t_range: tuple[float, float], model: Any) -> Guidance | None:
+    """The latent rewards that `--guide DIR=WEIGHT` names, as one guide; None without any."""
+    found = []
+    if not 0 <= t_range[0] < t_range[1] <= 1:
+        raise RunError(f"--guide-range {t_range[0]:g} {t_range[1]:g}: expected 0 <= lowest < highest <= 1.")
+    for guide in guides:
+        folder, _, weight = guide.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            folder, value = "", 0.0
+        if not folder:
+            raise RunError(f"--guide {guide!r}: expected FOLDER=WEIGHT, for example latent/shapes=0.5.")
+        found.append((LatentReward.load(folder, model), value))
+    return guided_by(found, t_range=t_range) if found else None
+
+
 def evaluate_run(
-    run: Path, *, num_samples: int | None, num_steps: int | None, seed: int | None, with_base: bool, console: Console
-) -> dict[str, Evaluation]:
-    """Score a run's weights (and the base model, on the same prompts and noise), and print the table."""
+    run: Path, *, num_samples: int | None, num_steps: int | None, seed: int | None, with_base: bool, console: Console,
+    guides: Sequence[str] = (), t_range: tuple[float, float] = (0.0, 1.0),
+) -> dict[str, Evaluation]:  # fmt: skip
+    """Score a run's weights (and the base model, on the same prompts and noise), and print the table.
+
+    With `guides` (FOLDER=WEIGHT) the run's weights are scored once more, guided by these latent rewards.
+    """
     config, weights = run_config(run), weights_of(run)
     console.print(f"scoring {weights}{' and its base model' if with_base else ''} ...", highlight=False)
     settings = config.data.evaluation
@@ -70,15 +92,16 @@ def evaluate_run(
     found: dict[str, Evaluation] = {}
     device = default_device(config.engine.device)
     with RewardHub([entry.entry() for entry in config.rewards], device=device) as hub:
-        for name in ("base", "tuned") if with_base else ("tuned",):
+        for name in [*(["base"] if with_base else []), "tuned", *(["guided"] if guides else [])]:
             policy = Policy(load_model(config), frozen=True, guidance=config.model.guidance, device=device)
-            if name == "tuned":
+            if name != "base":
                 load_weights(policy, weights)
             found[name] = evaluate(
                 policy, prompts, hub, Conditions(encode=policy.encode, device=policy.device),
                 geometry_of(config, policy.model),
                 num_steps=num_steps or settings.num_steps, seed=settings.seed if seed is None else seed,
                 measures=[resolve(m, "flowrl.shapes") for m in settings.measures], batch=settings.batch_size,
+                guide=guidance_of(guides, t_range, policy.model) if name == "guided" else None,
             )  # fmt: skip
     _print(found, console)
     return found
@@ -87,12 +110,12 @@ def evaluate_run(
 def _print(found: dict[str, Evaluation], console: Console) -> None:
     from rich.table import Table
 
-    table = Table("score", *found, *(["gain"] if len(found) == 2 else []))
-    last = found["tuned"]
+    table = Table("score", *found, *(["gain"] if len(found) > 1 else []))
+    first, last = list(found.values())[0], list(found.values())[-1]
     for name in (n for n in last.scores if all(n in e.scores for e in found.values())):
         cells = [_cell(*mean_and_error(e.scores[name])) for e in found.values()]
-        if len(found) == 2:
-            cells.append(_cell(*paired_gain(found["base"].scores[name], last.scores[name])))
+        if len(found) > 1:
+            cells.append(_cell(*paired_gain(first.scores[name], last.scores[name])))
         table.add_row(name, *cells)
     for name in (n for n in last.measures if all(n in e.measures for e in found.values())):
         table.add_row(name, *(_cell(*e.measures[name]) for e in found.values()))
@@ -105,12 +128,14 @@ def _cell(mean: float | None, error: float | None) -> str:
 
 def sample_grid(
     prompts: Sequence[str], *, model: str, weights: Path | None, count: int, num_steps: int | None,
-    guidance: float | None, seed: int, output: Path, tuned_share: float = 1.0,
+    guidance: float | None, seed: int, output: Path, tuned_share: float = 1.0, guides: Sequence[str] = (),
+    t_range: tuple[float, float] = (0.0, 1.0),
 ) -> None:  # fmt: skip
     """Draw every prompt `count` times into one picture.
 
     `tuned_share` in [0,1] of the steps, noisiest first and rounded to whole ones, go with `weights`, the rest with the
-    base model. A second copy of the network is in memory only where the weights are a full export.
+    base model. A second copy of the network is in memory only where the weights are a full export. `guides` are latent
+    rewards, as FOLDER=WEIGHT, that guide the steps at times in `t_range`.
     """
     if tuned_share != 1 and weights is None:
         raise RunError(
@@ -134,7 +159,7 @@ def sample_grid(
     media = sample(
         policy, wanted, range(len(wanted)), Conditions(encode=policy.encode, device=policy.device),
         Geometry(height=settings["height"], width=settings["width"]),
-        num_steps=steps, seed=seed, tuned_steps=tuned_steps,
+        num_steps=steps, seed=seed, tuned_steps=tuned_steps, guide=guidance_of(guides, t_range, loaded),
     )  # fmt: skip
     save_grid(Evaluation(prompts=wanted, scores={}, measures={}, media=media), output, len(wanted))
 

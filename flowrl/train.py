@@ -2,7 +2,7 @@
 
 prompts -> plan -> collect -> score -> gather -> credit -> update -> log / checkpoint / evaluate
 
-Symbols: P prompts and K samples each an iteration (all processes), B samples, E stored edges.
+Symbols: P prompts and K samples each an iteration (all processes), B samples, R rows (stored edges or draws).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flowrl import checkpoint
 from flowrl.algorithms.advantages import group_advantages
 from flowrl.algorithms.schedule import credit_of, plans_of
 from flowrl.checkpoint import Checkpoint, CheckpointError, RunLock, flatten_optimizer, restore_optimizer
-from flowrl.collect import Conditions, Geometry, decode_and_submit, roll_out
+from flowrl.collect import Conditions, Geometry, StoredSamples, decode_and_submit, roll_out
 from flowrl.config import Config, diff, dump, identity
 from flowrl.costs import expected_cost
 from flowrl.curriculum import curriculum
@@ -114,8 +114,19 @@ class Trainer:
         }
         self.measures = [resolve(name, "flowrl.shapes") for name in data.evaluation.measures]
         state = self._resumable() if resume else None
+        needs = self.algorithm.needs
         self.policy = self._build_policy()
         self.geometry = geometry_of(config, self.policy.model)
+        self.stored = (
+            StoredSamples(policy=self.policy, geometry=self.geometry, samples_per_prompt=data.samples_per_prompt)
+            if data.samples == "stored" else None
+        )  # fmt: skip
+        """Where samples come from instead of a rollout."""
+        self.critic = None
+        if needs.gradient:
+            from flowrl.critic import Critic
+
+            self.critic = Critic(self.policy, self.hub, decode_batch=config.model.decode_micro_batch)
         self.conditions = Conditions(encode=self.policy.encode, device=self.policy.device)
         o = config.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -176,43 +187,48 @@ class Trainer:
 
         with self._saving_what_is_done():
             with phase("collect"):
-                batch = roll_out(
-                    self.policy, self.algorithm, plans, mine, slots, self.conditions, self.geometry,
-                    samples_per_prompt=per_prompt, iteration=iteration, seed=config.seed,
-                    recorder=self._recorder(plans, iteration),
-                )  # fmt: skip
-                tickets = decode_and_submit(self.policy, batch, self.hub, self.geometry)
+                batch = self._collect(plans, mine, slots, iteration)
+                judged = self.stored is None and self.algorithm.needs.rewards
+                tickets = decode_and_submit(self.policy, batch, self.hub, self.geometry) if judged else []
             with phase("score"):
-                result = _join([self.hub.result(ticket) for ticket in tickets])
+                result = _join([self.hub.result(ticket) for ticket in tickets]) if judged else _unjudged(batch)
         fault("train.scored")
 
         with phase("gather"):
             table, scores = self._gather(batch, result)
         with self._saving_what_is_done():
-            for name, watch in self.watches.items():
-                watch.see(scores[name], [row[name]["error"] for row in result.info if "error" in row[name]])
+            for name in scores.keys() & self.watches.keys():
+                told = [row[name]["error"] for row in result.info if "error" in row[name]]
+                self.watches[name].see(scores[name], told)
 
         with self._saving_what_is_done(), phase("credit"):
             for prompt, rewards in zip(prompts, table.view(len(prompts), per_prompt), strict=True):
                 self.history.add(prompt.id, rewards, iteration)
+            batch = replace(
+                batch, rewards=result.total.double(), times=times, place=leaf_places(batch, per_prompt),
+                critic=self.critic,
+            )  # fmt: skip
+            batch = replace(batch, draws=self.algorithm.draws(batch))
             everyone = self._with_everyones_rewards(batch, table, scores)
             advantages = credit_of(self.algorithm, replace(everyone, groups=prompts, history=self.history))
-            batch = credited(replace(batch, rewards=result.total.double()), advantages)
+            batch = credited(batch, advantages)
 
         with phase("update"):
             key = stable_seed(config.seed, iteration, -2)
             whole = self.algorithm.needs.whole_samples
             update_of = deal(batch, slots, len(prompts), per_prompt, self.updater.updates, key, whole)
             metrics = self.updater.run(batch, update_of)
-            self._check_ratio(metrics["ratio_first_update"])
+            self._check_ratio(metrics.get("ratio_first_update", 0.0))
+            self.policy.follow(self.algorithm.old_decay(iteration))
         fault("train.updated")
 
         self.seconds += phase.total
-        roles = ("rollout", "train", "reference", "teacher")
+        roles = ("rollout", "train", "old", "reference", "teacher")
         calls = {role: self._total(self.policy.calls[role] - calls_before.get(role, 0)) for role in roles}
+        rewards = reward_metrics(table, scores, per_prompt) if self.algorithm.needs.rewards else {}
         return (
             metrics
-            | reward_metrics(table, scores, per_prompt)
+            | rewards
             | {"single_pass": float(batch.velocity is not None)}
             | {f"calls/{role}": float(count) for role, count in calls.items()}
             | {f"time/{name}": seconds for name, seconds in phase.seconds.items()}
@@ -232,7 +248,8 @@ class Trainer:
         return Policy(
             load_model(config), lora=config.model.lora and config.model.lora.model_dump(),
             guidance=config.model.guidance, ema_decay=config.optimizer.ema_decay,
-            reference=needs.reference or None in needs.teachers, teachers=[t for t in needs.teachers if t is not None],
+            reference=needs.reference or None in needs.teachers, old=needs.old,
+            teachers=[t for t in needs.teachers if t is not None],
             largest_guidance=needs.guidance,
             device=self.engine.device, seed=config.seed,
             gradient_checkpointing=config.model.gradient_checkpointing,
@@ -251,6 +268,17 @@ class Trainer:
         """The grid of a training rollout that the model's own pipeline would take."""
         g = self.geometry
         return self.policy.model.times(self.algorithm.num_steps, g.height, g.width, g.frames)
+
+    def _collect(self, plans: tuple[Plan, ...], prompts: list[Prompt], slots: list[int], iteration: int) -> Batch:
+        """Samples of the policy, or those that the prompts' rows name."""
+        config = self.config
+        if self.stored is not None:
+            return self.stored(prompts, slots, self.conditions, iteration=iteration, seed=config.seed)
+        return roll_out(
+            self.policy, self.algorithm, plans, prompts, slots, self.conditions, self.geometry,
+            samples_per_prompt=config.data.samples_per_prompt, iteration=iteration, seed=config.seed,
+            recorder=self._recorder(plans, iteration),
+        )  # fmt: skip
 
     def _recorder(self, plans: tuple[Plan, ...], iteration: int) -> Recorder | None:
         """What keeps the rollout's graphs where the update takes them; see `optimizer.update`."""
@@ -297,10 +325,11 @@ class Trainer:
     def _with_everyones_rewards(self, batch: Batch, table: Tensor, scores: Mapping[str, Tensor]) -> Batch:
         """The batch as `credit` sees it: this process's edges over the samples of all processes."""
         per_prompt = self.config.data.samples_per_prompt
-        rules = {name: rule for name, rule in self.hub.rules.items() if rule.weight != 0}
+        rules = {name: rule for name, rule in self.hub.rules.items() if rule.weight != 0 and name in scores}
         trajectory = batch.trajectory
         leaves = torch.zeros(len(trajectory), len(table), dtype=torch.bool, device=trajectory.leaves.device)
-        leaves[:, leaf_places(batch, per_prompt).to(leaves.device)] = trajectory.leaves
+        assert batch.place is not None
+        leaves[:, batch.place.to(leaves.device)] = trajectory.leaves
         group = torch.arange(len(table) // per_prompt, device=leaves.device).repeat_interleave(per_prompt)
         trajectory = replace(trajectory, leaves=leaves, group=group)
         return replace(
@@ -541,9 +570,8 @@ def leaf_places(batch: Batch, samples_per_prompt: int) -> Tensor:
 
 
 def credited(batch: Batch, advantages: Tensor) -> Batch:
-    """With its credit [E], and without the edges whose credit is NaN: they are not trained on."""
-    known = ~advantages.isnan()
-    return replace(batch, trajectory=batch.trajectory.select(known), advantages=advantages[known])
+    """With the credit of its rows [R], and without those whose credit is NaN: they are not trained on."""
+    return replace(batch, advantages=advantages).select(~advantages.isnan())
 
 
 def reward_metrics(table: Tensor, scores: Mapping[str, Tensor], samples_per_prompt: int) -> dict[str, float]:
@@ -558,6 +586,12 @@ def reward_metrics(table: Tensor, scores: Mapping[str, Tensor], samples_per_prom
     }
     out |= {name: float(value) for name, value in group_advantages(table, group).metrics.items()}
     return out | {f"score/{name}": score.nanmean().item() for name, score in scores.items()}
+
+
+def _unjudged(batch: Batch) -> HubResult:
+    """What samples that no reward has seen are worth: what was recorded with them, or no verdict."""
+    total = torch.full((len(batch.leaf_prompt),), math.nan) if batch.rewards is None else batch.rewards
+    return HubResult(total=total.float(), scores={}, parts={}, info=[{} for _ in total], seconds={})
 
 
 def _join(results: list[HubResult]) -> HubResult:

@@ -1,14 +1,14 @@
 """What travels between the parts of flowrl: prompts, conditions, one iteration's batch, the protocols of its makers.
 
-Symbols: P prompts, B samples (leaves), E stored stochastic edges, *L latent dimensions, F frames, H x W pixels.
+Symbols: P prompts, B samples (leaves), E stored edges, N draws, *L latent dimensions, F frames, H x W pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -34,6 +34,63 @@ class Prompt:
     id: int
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """What the weighted rewards said about N latents; fp32, on the latents' device."""
+
+    total: Tensor
+    """[N] with its graph to the latents; NaN = no verdict: leave the row out of the loss."""
+    scores: dict[str, Tensor]
+    """{reward: [N]} raw scores, detached."""
+
+
+class Critic(Protocol):
+    """The rewards of a run as differentiable functions of clean latents (`flowrl.critic`)."""
+
+    def media(self, x0: Tensor) -> Tensor:
+        """Media [N,F,3,H,W] in [0,1] of x0 [N,*L], with their graph."""
+        ...
+
+    def __call__(self, x0: Tensor, prompts: Sequence[Prompt]) -> Judged:
+        """The weighted total of x0 [N,*L], each for its prompt."""
+        ...
+
+    def relative(
+        self, x0: Tensor, prompts: Sequence[Prompt], positive: str, negative: str, k: float | Tensor
+    ) -> Tensor:
+        """How much more x0 [N,*L] looks like `positive. prompt` than like `negative. prompt`, [N]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draws:
+    """Rows of a method that keeps finished samples only: each is a sample, a time to take it to, and a noise.
+
+    The noise is not stored: `key` names it (`flowrl.algorithms.matching.noised` draws it).
+    """
+
+    sample: Tensor
+    """Index of the row's sample among those of this process, int [N]."""
+    t: Tensor
+    """Time that the sample is taken to, fp32 [N]."""
+    key: Tensor
+    """Noise of the row: the place of its prompt in the iteration, the member of the group, the number of the draw; int
+    [N,3]. Rows with equal keys share their noise."""
+    unit: Tensor
+    """Rows of one unit are always in one call of the loss, int [N]: a pair, or a group."""
+    t_next: Tensor | None = None
+    """A second time, where the method takes the row from one to the other, fp32 [N]."""
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.t)
+
+    def select(self, rows: Tensor) -> Self:
+        """The rows of a bool mask [N] or an index [M]."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: tensor[rows] for name, tensor in given.items() if tensor is not None})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,8 +123,28 @@ class Batch:
     """The prompt of each group, of all processes; for credit."""
     rewards: Tensor | None = None
     """What is trained on: the combined reward, float64 [B]; NaN = no verdict."""
+    times: Tensor | None = None
+    """The grid [T+1] that `plan` was given."""
+    place: Tensor | None = None
+    """Where each sample stands among those of all processes, which `rewards` are of while credit is given, [B]."""
+    draws: Draws | None = None
+    """The rows that are trained on, where those are not the stored edges."""
+    critic: Critic | None = None
+    """Decodes and scores with gradients, for methods that differentiate the reward."""
     advantages: Tensor | None = None
-    """Credit of each stored edge, [E]."""
+    """Credit of each row: stored edge [E] or draw [N]."""
+
+    @property
+    def rows(self) -> Trajectory | Draws:
+        """What the loss is a mean over."""
+        return self.trajectory if self.draws is None else self.draws
+
+    def select(self, rows: Tensor) -> Batch:
+        """The batch with these rows only (a bool mask or an index), and their credit."""
+        advantages = None if self.advantages is None else self.advantages[rows]
+        if self.draws is not None:
+            return replace(self, draws=self.draws.select(rows), advantages=advantages)
+        return replace(self, trajectory=self.trajectory.select(rows), advantages=advantages)
 
     def cond_at(self, prompt: Tensor) -> Cond:
         """The conditions of the prompts at `prompt` [N]."""
@@ -100,6 +177,16 @@ class Needs(NamedTuple):
     """Exported weights (None: the initial ones) that `policy.teacher` is asked for, one of them at each state."""
     guidance: float = 1.0
     """The largest guidance that `policy.teacher` is asked for."""
+    old: bool = False
+    """A policy that follows the trained one behind (`policy.old()`), and draws the samples unless `on_policy`."""
+    on_policy: bool = False
+    """The trained policy draws the samples itself."""
+    rewards: bool = True
+    """Finished samples with a reward; without, the loss judges for itself and the plan may end before t = 0."""
+    gradient: bool = False
+    """Rewards that can be differentiated, in `batch.critic`."""
+    evaluations: int = 1
+    """Velocities of the trained policy that the loss asks for one row."""
 
 
 class Policy(Protocol):
@@ -111,6 +198,16 @@ class Policy(Protocol):
 
     def reference(self) -> AbstractContextManager[None]:
         """Within it `velocity` is that of the frozen initial weights."""
+        ...
+
+    def old(self) -> AbstractContextManager[None]:
+        """Within it `velocity` is that of weights that follow the trained ones; enter it before the trained policy is
+        evaluated with a graph, since it changes values in place."""
+        ...
+
+    @property
+    def old_is_current(self) -> bool:
+        """Whether those weights are the trained ones."""
         ...
 
     def teacher(self, weights: str | None, guidance: float) -> AbstractContextManager[None]:
@@ -147,6 +244,10 @@ class Model(Protocol):
         """Media [N,F,3,H,W] in [0,1] of clean latents [N,*L]."""
         ...
 
+    def encode_media(self, media: Tensor) -> Tensor:
+        """Clean latents [N,*L] of media [N,F,3,H,W] in [0,1]."""
+        ...
+
 
 class Hyperparameters(BaseModel):
     """Base of every algorithm's record: frozen, typed, and strict; its fields are the config section `algorithm`."""
@@ -158,9 +259,17 @@ class Hyperparameters(BaseModel):
         """What the run must offer; a method that asks for more says so."""
         return Needs()
 
+    def draws(self, batch: Batch) -> Draws | None:
+        """The rows to train on; None = the stored edges of the rollout."""
+        return None
+
+    def old_decay(self, iteration: int) -> float:
+        """How slowly the old policy follows after this iteration, where `needs.old`; 0 = it is the trained one."""
+        return 0.0
+
 
 class Algorithm(Protocol):
-    """A method: which steps are stochastic, what each edge is worth, and the loss. One file each."""
+    """A method: which steps are stochastic, what each row is worth, and the loss. One file each."""
 
     num_steps: int
     eta: float
@@ -171,8 +280,16 @@ class Algorithm(Protocol):
         ...
 
     @property
-    def kernel(self) -> Kernel:
-        """How a stochastic step moves."""
+    def kernel(self) -> Kernel | None:
+        """How a stochastic step moves; None where there are none."""
+        ...
+
+    def draws(self, batch: Batch) -> Draws | None:
+        """The rows to train on; None = the stored edges of the rollout."""
+        ...
+
+    def old_decay(self, iteration: int) -> float:
+        """How slowly the old policy follows after this iteration; 0 = it is the trained one."""
         ...
 
     def plan(self, times: Tensor, iteration: int, samples_per_prompt: int, seed: int) -> Plan | Sequence[Plan]:
@@ -184,12 +301,12 @@ class Algorithm(Protocol):
         ...
 
     def credit(self, batch: Batch) -> Tensor:
-        """Advantage of each stored edge, [E], from `batch.rewards` [B].
+        """Credit of each row of `batch.rows`, [E] or [N], from `batch.rewards` [B].
 
-        NaN takes the edge out of training; 0 teaches nothing but counts in the mean of the loss.
+        NaN takes the row out of training; 0 teaches nothing but counts in the mean of the loss.
         """
         ...
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        """Loss of a minibatch whose trajectory holds only its own edges."""
+        """Loss of a minibatch that holds only its own rows: a mean over them."""
         ...

@@ -1,6 +1,8 @@
 """The update phase: from a credited batch to optimiser steps, with gradients that do not depend on how the work is cut.
 
-Symbols: E edges of this process, N edges of an optimiser step over all processes.
+A row is what the loss is a mean over: a stored edge of the rollout, or a draw of the forward process.
+
+Symbols: R rows of this process.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from flowrl.algorithms.schedule import AlgorithmError
 from flowrl.engine import Engine, together
 from flowrl.metrics import RunningMean
 from flowrl.policy import Policy
-from flowrl.types import Algorithm, Batch, Loss
+from flowrl.types import Algorithm, Batch, Draws, Loss
 from samplers import stable_seed
 
 
@@ -38,26 +40,27 @@ class Updater:
     updates: int
     """Optimiser steps an iteration."""
     micro_batch: int | None
-    """Stored states in one forward and backward pass; None = all of an update."""
+    """Stored states, or draws, in one forward and backward pass; None = all of an update."""
     max_grad_norm: float | None
     max_skipped: int
     skipped: int = 0
 
     def run(self, batch: Batch, update_of: Tensor) -> dict[str, float]:
-        """All optimiser steps of an iteration, edge i in step `update_of[i]`; returns metrics over all processes."""
+        """All optimiser steps of an iteration, row i in step `update_of[i]`; returns metrics over all processes."""
         metrics = [self._step(batch, torch.nonzero(update_of == u).flatten()) for u in range(self.updates)]
         mean = RunningMean()
         for m in metrics:  # a step that was left without edges has fewer of them
             mean.add(m)
         out = mean.means()
-        out["ratio_first_update"] = metrics[0].get("ratio_max_dev", math.nan)
-        out["ratio_max_dev"] = max(m.get("ratio_max_dev", 0.0) for m in metrics)
+        if any("ratio_max_dev" in m for m in metrics):
+            out["ratio_first_update"] = metrics[0].get("ratio_max_dev", math.nan)
+            out["ratio_max_dev"] = max(m.get("ratio_max_dev", 0.0) for m in metrics)
         for count in ("skipped_updates", "empty_updates"):
             out[count] = sum(m[count] for m in metrics)
         return out
 
     def _step(self, batch: Batch, mine: Tensor) -> dict[str, float]:
-        """One optimiser step on the edges `mine` of this process."""
+        """One optimiser step on the rows `mine` of this process."""
         total = int(self.engine.sum(torch.tensor(float(len(mine)))).item())
         self.optimizer.zero_grad(set_to_none=False)
         parts, counts, sound = [], [], True
@@ -65,9 +68,9 @@ class Updater:
             for part in self._micro_batches(batch, mine):
                 loss = _checked(self.algorithm.loss(self.policy, part))
                 sound &= bool(loss.value.isfinite())
-                (loss.value * (len(part.trajectory) / total)).backward()
+                (loss.value * (len(part.rows) / total)).backward()
                 parts.append(loss.metrics)
-                counts.append(len(part.trajectory))
+                counts.append(len(part.rows))
         self._sum_gradients()
         parameters = self.policy.trainable_parameters()
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
@@ -83,23 +86,20 @@ class Updater:
         return merged
 
     def _micro_batches(self, batch: Batch, mine: Tensor) -> Iterator[Batch]:
-        """The edges `mine` in portions of about `micro_batch` states; what needs one forward pass stays together."""
-        assert batch.advantages is not None
-        trajectory = batch.trajectory
-        mine = mine.to(trajectory.x.device)
-        states, of_edge = torch.unique(trajectory.state[mine], return_inverse=True)
-        if not len(states):
+        """The rows `mine` in portions of about `micro_batch` evaluations; what needs one pass stays together."""
+        mine = mine.to(batch.trajectory.x0.device)
+        if not len(mine):
             return
-        portion = torch.zeros_like(of_edge)
+        portion = torch.zeros_like(mine)
         if self.micro_batch and batch.velocity is None:
-            unit, size = of_edge, self.micro_batch
+            state = batch.trajectory.state[mine] if batch.draws is None else mine
+            unit = state if batch.draws is None else batch.draws.unit[mine]
             if self.algorithm.needs.whole_samples:
-                roots, unit = torch.unique(roots_of(batch)[mine], return_inverse=True)
-                size = max(1, self.micro_batch * len(roots) // len(states))
-            portion = unit // size
+                unit = roots_of(batch)[mine]
+            names, unit = torch.unique(unit, return_inverse=True)
+            portion = unit // max(1, self.micro_batch * len(names) // len(state.unique()))
         for number in range(int(portion.max()) + 1):
-            index = mine[portion == number]
-            yield replace(batch, trajectory=trajectory.select(index), advantages=batch.advantages[index])
+            yield batch.select(mine[portion == number])
 
     def _sum_gradients(self) -> None:
         """Add up the processes' gradients in one flat buffer."""
@@ -144,7 +144,7 @@ def _checked(loss: object) -> Loss:
     if not isinstance(loss, Loss) or not isinstance(loss.value, Tensor) or loss.value.dim():
         raise AlgorithmError(
             f"loss() returned {type(loss).__name__}; return flowrl.types.Loss(value, metrics) whose value is one "
-            "number: the mean over the edges of the batch."
+            "number: the mean over the rows of the batch."
         )
     return loss._replace(metrics={name: torch.as_tensor(value) for name, value in loss.metrics.items()})
 
@@ -153,12 +153,14 @@ def deal(
     batch: Batch, slots: Sequence[int], num_prompts: int, samples_per_prompt: int, updates: int, key: int,
     whole_samples: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Which optimiser step each edge [E] goes into: every step gets an equal share of each depth's states.
+    """Which optimiser step each row goes into: every step gets an equal share of each depth's states, or of the draws.
 
-    Siblings go together, since they need one evaluation; with `whole_samples` all that grew from one root does. A
-    function of (key, prompt's slot, place in the tree) whatever the number of processes; `key` changes with the
-    iteration.
+    Siblings go together, since they need one evaluation; with `whole_samples` all that grew from one root does; the
+    draws of a unit do. A function of (key, prompt's slot, place in the tree or group) whatever the number of processes;
+    `key` changes with the iteration.
     """
+    if batch.draws is not None:
+        return _deal_draws(batch.draws, num_prompts, updates, key)
     trajectory, plans = batch.trajectory, batch.plans
     width = plans[0].leaves_per_root
     each = samples_per_prompt // width
@@ -178,6 +180,21 @@ def deal(
         place = leaf[rows] * nodes[root[rows]] // width  # of the state among those of its root
         out[rows] = hand[(nodes.cumsum(0) - nodes)[root[rows]] + place]
     return out
+
+
+def _deal_draws(draws: Draws, num_prompts: int, updates: int, key: int) -> Tensor:
+    """Each prompt's units in turn, in an order and from a first step of its own."""
+    first_step = _hands(num_prompts, updates, key, 0)
+    names, unit = torch.unique(draws.unit.cpu(), return_inverse=True)
+    first_row = torch.full_like(names, len(draws)).scatter_reduce(0, unit, torch.arange(len(unit)), "amin")
+    keys = draws.key.cpu()[first_row]
+    hand = torch.empty_like(names)
+    for slot in keys[:, 0].unique().tolist():
+        mine = torch.nonzero(keys[:, 0] == slot).flatten()
+        # By key, not by number: unit numbers say nothing on another process.
+        mine = mine[[i for i, _ in sorted(enumerate(keys[mine].tolist()), key=lambda pair: pair[1])]]
+        hand[mine] = (_hands(len(mine), len(mine), key, slot + 1) + first_step[slot]) % updates
+    return hand[unit]
 
 
 def _hands(count: int, updates: int, key: int, step: int) -> Tensor:

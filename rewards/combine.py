@@ -44,6 +44,20 @@ class Rule:
         """Whether the total depends on this reward at all."""
         return self.weight != 0 or self.gate is not None
 
+    def without_gradient(self, differentiable: bool) -> list[str]:
+        """Why the total has no useful gradient by way of this reward, in sentences with the mend; [] where it has."""
+        found = []
+        if self.weight != 0 and not differentiable:
+            found.append(
+                f"it is not differentiable and has weight {self.weight:g}. "
+                "Mend: weight: 0, which only logs it, or a differentiable reward instead."
+            )
+        if self.weight != 0 and self.rank:
+            found.append("norm: rank is flat between its jumps. Mend: norm: none, unit or affine.")
+        if self.gate is not None:
+            found.append("a gate is a step, whose gradient is 0. Mend: remove `gate`, or add a weighted reward for it.")
+        return found
+
 
 def make_rule(name: str, weight: Any, norm: Any, gate: Any, score_range: tuple[float, float] | None) -> Rule:
     """A `Rule` from config values.

@@ -19,11 +19,14 @@ from rewards.types import RewardContractError, Scores, no_verdict
 
 
 def as_scores(returned: Any, count: int, name: str) -> Scores:
-    """`returned` by the reward `name` for `count` samples, as fp32 CPU `Scores` without infinities."""
+    """`returned` by the reward `name` for `count` samples, as fp32 CPU `Scores` without infinities.
+
+    Where gradients are off a graph is refused; where they are on, `value` keeps its graph, and `parts` are only logged.
+    """
     scores = returned if isinstance(returned, Scores) else Scores(value=_vector(returned, count, name))
     if not isinstance(scores.parts, Mapping):
         _refuse(name, f"parts of type {type(scores.parts).__name__}", "a dict of name -> N values", "")
-    parts = {key: _vector(part, count, f"{name}/{key}") for key, part in scores.parts.items()}
+    parts = {key: _vector(part, count, f"{name}/{key}").detach() for key, part in scores.parts.items()}
     return Scores(value=_finite(_vector(scores.value, count, name)), parts=parts, info=_info(scores.info, count, name))
 
 
@@ -78,7 +81,7 @@ def _vector(returned: Any, count: int, name: str) -> Tensor:
     value = returned if isinstance(returned, Tensor) else torch.tensor(_numbers(returned, count, name))
     if value.dtype == torch.bool or value.is_complex():
         _refuse(name, f"values of {value.dtype}", "floating point", "use .float(), and mind that True becomes 1.0")
-    if value.requires_grad:
+    if value.requires_grad and not torch.is_grad_enabled():
         _refuse(name, "a tensor that carries a gradient graph", "plain values here", "return value.detach()")
     if tuple(value.shape) != (count,):
         mend = _mend_shape(tuple(value.shape), count)

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from rewards.combine import Rule, combine
 from rewards.entries import place, read_entries
+from rewards.gradient import EMBEDS, Embedder
 from rewards.media import broken_media
+from rewards.resolve import available, resolve
 from rewards.scorer import NanWatch, Scorer
-from rewards.types import RewardContractError, Sample, Scores
+from rewards.types import RewardContractError, RewardError, Sample, Scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -45,6 +47,20 @@ class HubResult:
     def nan_frac(self) -> dict[str, float]:
         """{reward: share of the samples without a verdict}"""
         return {name: value.isnan().float().mean().item() for name, value in self.scores.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Differentiated:
+    """What the weighted rewards said about N samples, with a gradient; all tensors fp32, on the media's device."""
+
+    total: Tensor
+    """[N] the weighted sum, with its graph to the media; NaN = no verdict: leave the row out of a loss."""
+    scores: dict[str, Tensor]
+    """{reward: [N]} raw scores, detached."""
+    parts: dict[str, dict[str, Tensor]]
+    """{reward: {part: [N]}}, detached."""
+    info: list[dict[str, dict[str, Any]]]
+    """Per sample {reward: info}; `error` says why there is no verdict."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -124,6 +140,63 @@ class RewardHub:
     def combine(self, scores: Mapping[str, Tensor], group: Tensor) -> Tensor:
         """Total [N] of raw scores {name: [N]}, for callers that gather scores from several processes first."""
         return combine(scores, self.rules, group, renormalise=self._renormalise)
+
+    def differentiate(self, samples: Sequence[Sample]) -> Differentiated:
+        """Total with a gradient that reaches `Sample.media`, in the caller's thread; rewards of weight 0 take no part.
+
+        The rewards' weights are frozen. A sample without a verdict gets total NaN, sends gradient 0 to its media, and
+        does not count towards `max_nan_frac`: batches are small here, so the caller has to count. All graphs are kept
+        until the backward pass, so a smaller `batch_size` saves no memory. Not to be called while a lane scores: a
+        reward object is not for two threads. Raises what `check_differentiable` and the rewards raise.
+        """
+        self.check_differentiable()
+        batch = _checked(samples)
+        broken = broken_media(batch)
+        device = batch[0].media.device if batch else torch.device("cpu")
+        rules = {name: rule for name, rule in self.rules.items() if rule.weight != 0}
+        answers = {name: self._scorers[name].differentiate(batch, broken) for name in rules}
+        group = torch.tensor([sample.group for sample in batch])
+        total = combine({n: a.value for n, a in answers.items()}, rules, group, renormalise=self._renormalise)
+        return Differentiated(
+            total=total.to(device),
+            scores={name: answer.value.detach().to(device) for name, answer in answers.items()},
+            parts={n: {key: part.to(device) for key, part in a.parts.items()} for n, a in answers.items()},
+            info=[{name: answers[name].info[row] for name in answers} for row in range(len(batch))],
+        )
+
+    def check_differentiable(self) -> None:
+        """RewardError, with every obstacle and its mend, unless the total has a useful gradient; loads nothing."""
+        found = [
+            f"reward {name!r}: {obstacle}"
+            for name, rule in self.rules.items()
+            for obstacle in rule.without_gradient(self._scorers[name].traits.differentiable)
+        ]
+        if found:
+            others = [name for name in available() if getattr(resolve(name), "differentiable", False) is True]
+            raise RewardError(
+                f"a gradient cannot go through the total of these rewards. {' '.join(found)} "
+                f"Differentiable rewards of this package: {', '.join(others)}."
+            )
+
+    def embedder(self) -> Embedder:
+        """Features of images and texts (`rewards.types.Embeds`) from the one weighted reward that offers them.
+
+        Loads nothing yet. RewardError if no weighted reward offers them, or several do.
+        """
+        weighted = [scorer for name, scorer in self._scorers.items() if self.rules[name].weight != 0]
+        methods = EMBEDS[:2]  # the scale may become known in `load`
+        lacking = {s.name: [m for m in methods if not callable(getattr(s.reward, m, None))] for s in weighted}
+        offering = [scorer for scorer in weighted if not lacking[scorer.name]]
+        if len(offering) == 1:
+            return Embedder(offering[0])
+        if offering:
+            names = ", ".join(repr(scorer.name) for scorer in offering)
+            raise RewardError(f"several rewards offer image and text features: {names}. Give all but one weight: 0.")
+        told = "; ".join(f"{name!r} has no {' and no '.join(missing)}" for name, missing in lacking.items())
+        raise RewardError(
+            f"no weighted reward offers image and text features: {told or 'none has a weight'}. "
+            f"Mend: give a weight to a reward that has {', '.join(EMBEDS)}, as rewards.types.Embeds says."
+        )
 
     def warmup(self, samples: Sequence[Sample] | None = None) -> dict[str, float]:
         """Load every reward and let it score two samples (made up, or yours); seconds by reward.

@@ -48,11 +48,18 @@ def contrast(samples: Sequence[Sample]) -> Tensor:
 @declare(deterministic=True, differentiable=True, range=(-1.0, 1.0))
 def redness(samples: Sequence[Sample]) -> Tensor:
     """Mean of red minus the mean of green and blue: 1 = pure red, 0 = grey, -1 = cyan."""
-    return torch.stack([(image[0] - (image[1] + image[2]) / 2).mean() for image in (s.media.float() for s in samples)])
+    images = [_exact(sample.media) for sample in samples]
+    return torch.stack([(image[0] - (image[1] + image[2]) / 2).mean() for image in images])
 
 
 def _luma(image: Tensor) -> Tensor:
-    return torch.einsum("chw,c->hw", image.float(), image.new_tensor(_LUMA, dtype=torch.float32))
+    exact = _exact(image)
+    return torch.einsum("chw,c->hw", exact, exact.new_tensor(_LUMA))
+
+
+def _exact(image: Tensor) -> Tensor:
+    """At least fp32; fp64 stays, so that gradients can be checked."""
+    return image.to(torch.promote_types(image.dtype, torch.float32))
 
 
 def _jpeg_size(image: Tensor, quality: int, unit: str) -> float:

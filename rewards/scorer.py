@@ -6,7 +6,7 @@
     TypeError, NameError, ... for some sample                       a bug: raises at once and names the sample
     wrong length, shape or type returned                            a bug: RewardContractError says how to mend it
     infinity returned                                               NaN
-    out of memory                                                   half the batch size, from then on
+    out of memory                                                   halved batch size from then on; raises with a graph
     most samples without a verdict, call after call                 raises with the last error
 
 "One by one" is sample by sample, or group by group for a reward of `scope = "group"`.
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rewards.cache import ScoreCache
 from rewards.contract import Sheet, as_scores
+from rewards.gradient import Valve, reaching
 from rewards.media import frame
 from rewards.types import MediaKind, Reward, RewardContractError, RewardError, Sample, Scores, Traits
 
@@ -37,7 +38,10 @@ Unit: TypeAlias = list[int]
 
 @dataclass(kw_only=True)
 class Scorer:
-    """A reward with its place and its policy. `run` is called from one thread only: that of its lane."""
+    """A reward with its place and its policy.
+
+    `run` is called from one thread only, that of its lane; `differentiate` from the caller's, never at the same time.
+    """
 
     reward: Reward
     name: str
@@ -102,6 +106,17 @@ class Scorer:
             self.cache.remember({row: key for row, key in keys.items() if row not in known}, sheet)
         return sheet.scores(), time.perf_counter() - start
 
+    @torch.enable_grad()
+    def differentiate(self, samples: Sequence[Sample], broken: Mapping[int, str]) -> Scores:
+        """Scores as `run` gives them, whose `value` [N] has a gradient to the media; the cache takes no part.
+
+        A sample without a verdict sends gradient 0 to its media, never NaN. RewardContractError if there is no graph.
+        """
+        self.load()
+        sheet = Sheet(len(samples))
+        self._score(self._scorable(samples, broken, sheet), samples, sheet)
+        return sheet.scores()
+
     def _scorable(self, samples: Sequence[Sample], broken: Mapping[int, str], sheet: Sheet) -> list[Unit]:
         """The units that can be scored; the others get their reason."""
         units: dict[int, Unit] = {}
@@ -159,13 +174,29 @@ class Scorer:
     def _attempt(self, samples: Sequence[Sample]) -> Scores | Exception:
         """Scores of one batch, or what was raised instead."""
         try:
-            placed = [replace(s, media=s.media.detach().to(self.device, torch.float32)) for s in samples]
-            if "video" in self.traits.media or all(sample.kind == "image" for sample in placed):
-                return self._call(placed)
-            looks = range(self.frames)
-            return _mean([self._call([frame(sample, look, self.frames) for sample in placed]) for look in looks])
+            if torch.is_grad_enabled():
+                return self._judge_with_graph(samples)
+            return self._judge([replace(s, media=s.media.detach().to(self.device, torch.float32)) for s in samples])
         except Exception as error:
             return error
+
+    def _judge_with_graph(self, samples: Sequence[Sample]) -> Scores:
+        valves = [Valve() for _ in samples]
+        placed = [
+            replace(sample, media=valve.through(sample.media.to(self.device, torch.float32)))
+            for sample, valve in zip(samples, valves, strict=True)
+        ]
+        media = [sample.media for sample in placed]
+        scores = reaching(self.name, media, lambda: self._judge(placed), lambda scores: scores.value)
+        for valve, missing in zip(valves, scores.value.isnan(), strict=True):
+            valve.close(missing)
+        return scores
+
+    def _judge(self, placed: Sequence[Sample]) -> Scores:
+        if "video" in self.traits.media or all(sample.kind == "image" for sample in placed):
+            return self._call(placed)
+        looks = range(self.frames)
+        return _mean([self._call([frame(sample, look, self.frames) for sample in placed]) for look in looks])
 
     def _call(self, samples: Sequence[Sample]) -> Scores:
         return as_scores(self.reward.score(samples), len(samples), self.name)
@@ -198,6 +229,11 @@ class Scorer:
 
     def _shrink(self, size: int, error: Exception, splits: bool) -> None:
         """Halve the batch size after running out of memory."""
+        if torch.is_grad_enabled():  # smaller batches would not help: their graphs are all kept until the backward pass
+            raise RewardError(
+                f"reward {self.name!r} runs out of memory on {self.device} with a graph through {size} samples. "
+                "Mend: differentiate fewer samples at once, use `dtype: bfloat16`, or put it on another device."
+            ) from error
         if not splits:
             raise RewardError(
                 f"reward {self.name!r} runs out of memory on {self.device} with the smallest batch it can be given "

@@ -84,11 +84,31 @@ class Reward(Protocol):
     """Anything that scores samples. Optional attributes are those of `Traits`, optional methods the two below.
 
     `load(device, dtype)` brings weights in, and is the only place that may touch the disk, a network, a GPU or a heavy
-    import; `unload()` lets them go. A constructor only keeps its options.
+    import; `unload()` lets them go. A constructor only keeps its options. One that compares images with texts may be
+    `Embeds` too.
     """
 
     def score(self, samples: Sequence[Sample], /) -> ScoreLike:
         """Score all samples in order: N of them in, N values out."""
+        ...
+
+
+class Embeds(Protocol):
+    """What a reward may offer besides `score`: features whose product says how well an image fits a text.
+
+    With it the preference for one wording over another can be trained on (SRPO, arXiv:2509.06942): see
+    `RewardHub.embedder`. Shapes: N images, M texts, D features.
+    """
+
+    scale: float
+    """What a product of two features is multiplied with; it may become known in `load`."""
+
+    def image_features(self, media: Tensor, /) -> Tensor:
+        """Features [N,D] of length 1 of images [N,3,H,W] in [0,1], with a gradient that reaches them."""
+        ...
+
+    def text_features(self, texts: Sequence[str], /) -> Tensor:
+        """Features [M,D] of length 1 of the texts."""
         ...
 
 
@@ -105,7 +125,10 @@ class Traits:
     needs: tuple[str, ...] = ()
     """Keys of `Sample.meta` without which there is no verdict."""
     differentiable: bool = False
-    """`score` returns a tensor whose gradient reaches `Sample.media`."""
+    """`score` returns a tensor whose gradient reaches `Sample.media`, where gradients are on and the media ask for one.
+
+    The hub scores with gradients off; `RewardHub.differentiate` is what keeps the graph.
+    """
     deterministic: bool = False
     """The same sample always gets the same score, alone or in a batch: it may be cached."""
     range: tuple[float, float] | None = None

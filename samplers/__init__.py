@@ -17,6 +17,7 @@ Three choices that never meet: a kernel (``flow_sde``, ``dance_sde``, ``wan_sde`
 (``all_steps``, ``window``, ``sliding_window``, ``branch_at``, ...) and the velocity, which is any callable.
 """
 
+from samplers.guidance import Guide, reward_guided
 from samplers.kernels import (
     Kernel,
     Transition,
@@ -74,6 +75,7 @@ from samplers.trajectory import Trajectory, minibatch_indices
 
 __all__ = [
     "SOLVERS",
+    "Guide",
     "Kernel",
     "Noise",
     "Plan",
@@ -115,6 +117,7 @@ __all__ = [
     "noise_source",
     "random_subset",
     "random_window",
+    "reward_guided",
     "rollout",
     "rows",
     "scheduler_times",

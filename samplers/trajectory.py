@@ -87,6 +87,17 @@ class Trajectory:
         """The same table on another device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in (*self._edge_fields, *_LEAF_FIELDS)})
 
+    @staticmethod
+    def finished(x0: Tensor, *, group: Tensor, leaf_prompt: Tensor) -> "Trajectory":
+        """Samples [B, *L] that no rollout of ours made, so that there is no step to them."""
+        none, number = x0[:0], x0.new_zeros(0)
+        index = torch.zeros(0, dtype=torch.long, device=x0.device)
+        return Trajectory(
+            x=none, x_next=none, t=number, t_next=number, step=index, state=index, prompt=index, eta=number,
+            logprob=number, leaves=torch.zeros(0, len(x0), dtype=torch.bool, device=x0.device), x0=x0,
+            group=group.to(x0.device), leaf_prompt=leaf_prompt.to(x0.device),
+        )  # fmt: skip
+
     @property
     def _edge_fields(self) -> tuple[str, ...]:
         return _EDGE_FIELDS if self.mean is None else (*_EDGE_FIELDS, "mean")

@@ -95,7 +95,7 @@ def test_a_tree_counts_its_states_and_edges():
     plan = branch_at(torch.linspace(1, 0, 5), (0, 1), 2)
     c = cost(FlowGRPO(kl_coef=0.1), [plan], prompts=3, samples_per_prompt=8, guided=True, updates=2)
     roots = 3 * 2
-    assert (c.samples, c.roots, c.edges, c.states) == (24, roots, roots * (2 + 4 + 4), roots * (1 + 2 + 4))
+    assert (c.samples, c.roots, c.rows, c.states) == (24, roots, roots * (2 + 4 + 4), roots * (1 + 2 + 4))
     assert c.rollout == 2 * roots * (1 + 2 + 4 + 4)
     assert c.train == c.reference == 2 * c.states
 
@@ -131,7 +131,7 @@ def test_every_method_costs_what_is_announced(trainer, path, update):
     expected = expected_cost(run.config, run.algorithm, plans, 1)
     run.step(0)
     row = run.step(1)
-    roles = ("rollout", "train", "reference", "teacher")
+    roles = ("rollout", "train", "old", "reference", "teacher")
     assert [row[f"calls/{role}"] for role in roles] == [getattr(expected, role) for role in roles]
     assert expected.train == 0 if expected.single_pass else expected.train > 0
     assert row["single_pass"] == expected.single_pass

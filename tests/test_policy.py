@@ -472,7 +472,7 @@ def test_state_round_trip_is_bit_exact(make, kind, tmp_path):
 
 def test_states_that_do_not_fit_are_refused(make):
     state = make(ema_decay=0.9).state_dict()
-    with pytest.raises(ModelError, match="has an average of weights, this policy none"):
+    with pytest.raises(ModelError, match="has an average of weights, this policy has none"):
         make().load_state_dict(state)
     with pytest.raises(ModelError, match="differ in name or shape.*lora settings"):
         make(lora={**LORA, "rank": 2}, ema_decay=0.9).load_state_dict(state)

@@ -37,6 +37,12 @@ KINDS = {
         "data.prompts": [*runs.PROMPTS, "a tree", "a boat"],
         "optimizer.update": "single_pass",
     },
+    "diffusion_nft, policy that follows": {
+        "algorithm": {"name": "diffusion_nft", "num_steps": 4, "draws_per_sample": 3, "decay": [[0, 0.2], [3, 0.9]]},
+        "model.lora": runs.LORA,
+        "optimizer.updates_per_iteration": 2,
+        "optimizer.lr": 1e-2,
+    },
 }
 SOMETIMES = """
 if calls == {at} and {when} and os.path.exists({flag!r}):

@@ -11,7 +11,7 @@ import samplers
 from flowrl.algorithms.advantages import BaselineMode, Combine, StdMode
 from flowrl.algorithms.kl import KLForm as KLFormName
 from flowrl.algorithms.objectives import Objective
-from samplers import Kernel
+from samplers import Kernel, Solver
 
 SDEName = Literal["flow_sde", "dance_sde", "wan_sde", "cps", "ddim"]
 _UP_TO_ONE = ("cps", "ddim")
@@ -111,6 +111,12 @@ NumSteps = Annotated[
     AfterValidator(_at_least_two),
     Field(description="Denoising steps of a training rollout, far fewer than evaluation needs; the last is ODE."),
 ]
+ODESteps = Annotated[
+    int,
+    AfterValidator(_at_least_one),
+    Field(description="Denoising steps of a training rollout, all of them ODE; evaluation may take more."),
+]
+SolverName = Annotated[Solver, Field(description="Solver of these steps, a function in `samplers`.")]
 Shift = Annotated[
     float | None,
     AfterValidator(_stretch),

@@ -44,13 +44,14 @@ def plans_of(
 
 
 def credit_of(algorithm: Algorithm, batch: Batch) -> Tensor:
-    """The credit [E] of a batch's edges; AlgorithmError unless it is one number or NaN for each."""
+    """The credit of a batch's rows, [E] or [N]; AlgorithmError unless it is one number or NaN for each."""
     credit = algorithm.credit(batch)
-    count = len(batch.trajectory)
+    count = len(batch.rows)
     if not isinstance(credit, Tensor) or credit.shape != (count,) or not credit.is_floating_point():
         raise AlgorithmError(
-            f"credit() returned {_told(credit)}; return a floating tensor [{count}], one number for each stored step "
-            "of the batch (flowrl.algorithms.advantages.to_edges makes it from samples' advantages)."
+            f"credit() returned {_told(credit)}; return a floating tensor [{count}], one number for each "
+            "of batch.rows, stored steps or draws (flowrl.algorithms.advantages.to_edges makes it from samples' "
+            "advantages)."
         )
     if bool(credit.isinf().any()):
         raise AlgorithmError("credit() returned an infinite number; it divides by a std of 0, perhaps: add an eps.")

@@ -143,12 +143,34 @@ class SD3:
         return v
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Media [N,1,3,H,W] float32 in [0,1] of latents [N,C,h,w]; differentiable (micro-batches then save nothing)."""
+        """Media [N,1,3,H,W] float32 in [0,1] of latents [N,C,h,w]; differentiable (micro-batches then save nothing).
+
+        The clamp to [0, 1] passes gradients as if it were not there, so that a saturated pixel still learns.
+        """
         return chunked(self._decode, x0, self.decode_micro_batch)
+
+    @torch.no_grad()
+    def encode_media(self, media: Tensor) -> Tensor:
+        """Latents [N,C,h,w] float32 of media [N,F,3,H,W] in [0,1], the inverse of `decode`; micro-batched as it is.
+
+        Of a VAE with a posterior it is the mode, never a sample, so the same picture always gives the same latent. The
+        result lies where the VAE does. ModelError for several frames, or sides that the model cannot generate.
+        """
+        self.noise_shape(media.shape[-2], media.shape[-1], media.shape[1])
+        return chunked(self._encode_media, media, self.decode_micro_batch)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.pipe.transformer.enable_gradient_checkpointing()
+
+    def enable_tiling(self) -> None:
+        """Decode and encode large pictures in overlapping tiles, for less memory; seams are blended, not exact."""
+        if not hasattr(self.pipe.vae, "enable_tiling"):
+            raise ModelError(
+                f"{type(self.pipe.vae).__name__} cannot work in tiles. "
+                "Leave tiling off; decode fewer pictures at a time, or smaller ones."
+            )
+        self.pipe.vae.enable_tiling()
 
     def to(self, device: str | torch.device) -> SD3:
         """Moves every network."""
@@ -170,7 +192,14 @@ class SD3:
         vae = self.pipe.vae
         latents = x0.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         image = vae.decode(latents, return_dict=False)[0]
-        return (image.float() * 0.5 + 0.5).clamp(0, 1).unsqueeze(1)
+        return _clamp(image.float() * 0.5 + 0.5).unsqueeze(1)
+
+    def _encode_media(self, media: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        pixels = media[:, 0].to(vae.device, vae.dtype) * 2 - 1
+        found = vae.encode(pixels, return_dict=False)[0]
+        latents = found if isinstance(found, Tensor) else found.mode()  # AutoencoderTiny has no posterior
+        return (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
 
     def _shift(self, height: int, width: int) -> float:
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
@@ -180,6 +209,17 @@ class SD3:
         tokens = (h // self.pipe.patch_size) * (w // self.pipe.patch_size)
         ends = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
         return float(calculate_shift(tokens, *ends))
+
+
+def _clamp(image: Tensor) -> Tensor:
+    """To [0, 1], with the gradient of the identity where one is asked for; the values are those of a plain clamp.
+
+    With a gradient an infinity becomes NaN, which is no verdict, instead of an innocent 1.
+    """
+    clamped = image.clamp(0, 1)
+    if not image.requires_grad:
+        return clamped
+    return clamped.detach() + (image - image.detach())  # of a finite number an exact 0
 
 
 def _linear_sigmas(num_steps: int) -> list[float]:

@@ -5,7 +5,7 @@ import torch
 
 from flowrl.algorithms.aggregate import merge_metrics
 from flowrl.algorithms.flow_grpo import FlowGRPO
-from tests.algorithms.toy import ToyPolicy, collect, gradient, select
+from tests.algorithms.toy import ToyPolicy, collect, gradient
 
 
 def moved_policy_and_batch():
@@ -23,7 +23,7 @@ def test_micro_batches_do_not_change_gradient_or_metrics(size):
     num = len(batch.trajectory)
     whole, expected = gradient(algorithm, policy, batch)
     parts = torch.randperm(num, generator=torch.Generator().manual_seed(0)).split(size)
-    done = [gradient(algorithm, policy, select(batch, p), len(p) / num) for p in parts]
+    done = [gradient(algorithm, policy, batch.select(p), len(p) / num) for p in parts]
     torch.testing.assert_close(sum(grad for _, grad in done), expected, rtol=1e-5, atol=1e-7)
     merged = merge_metrics([loss.metrics for loss, _ in done], [len(p) for p in parts])
     assert merged.keys() == whole.metrics.keys()

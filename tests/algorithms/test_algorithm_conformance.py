@@ -14,7 +14,7 @@ from flowrl.algorithms.schedule import plans_of
 from flowrl.history import PromptHistory
 from flowrl.types import Hyperparameters
 from samplers import linear_times
-from tests.algorithms.toy import ToyPolicy, collect, gradient, live, select
+from tests.algorithms.toy import ToyPolicy, collect, gradient, live
 
 SDES = {"flow_sde": 0.7, "dance_sde": 0.3, "wan_sde": 0.8, "cps": 0.6, "ddim": 0.8}
 
@@ -87,7 +87,7 @@ def test_plan_is_a_pure_function_with_something_to_train(cls):
         first, again = (plans_of(cls(), linear_times(algorithm.num_steps), iteration, K, seed) for seed in (0, 0))
         assert first == again
         for plan in first:
-            assert plan.num_stochastic >= 1
+            assert plan.num_stochastic >= algorithm.needs.logprobs
             assert not plan.stochastic[-1], "noise of the last step would stay in the sample"
 
 
@@ -123,11 +123,11 @@ def test_first_update_is_exactly_on_policy(cls, sde, shared_noise):
 def test_edges_without_credit_have_no_policy_gradient(cls):
     algorithm, policy = make(cls, kl_coef=0.0, clip_range=0.5), ToyPolicy()
     batch = live(collect(algorithm, policy, k=K))
-    batch = select(batch, torch.arange(len(batch.trajectory) // 2 * 2))
+    batch = batch.select(torch.arange(len(batch.trajectory) // 2 * 2))
     with torch.no_grad():
         policy.bias += 0.01
     batch.advantages = torch.where(torch.arange(len(batch.trajectory)) % 2 == 0, batch.advantages, 0.0)
-    _, expected = gradient(algorithm, policy, select(batch, torch.arange(0, len(batch.trajectory), 2)))
+    _, expected = gradient(algorithm, policy, batch.select(torch.arange(0, len(batch.trajectory), 2)))
     _, found = gradient(algorithm, policy, batch)
     torch.testing.assert_close(found, expected / 2, rtol=1e-4, atol=1e-7)
     batch.advantages = torch.zeros(len(batch.trajectory))
@@ -176,8 +176,9 @@ def test_constant_rewards_give_no_credit(cls):
     batch.history = PromptHistory(K, 4)
     for prompt, rewards in enumerate(batch.rewards.view(4, K)):
         batch.history.add(prompt, rewards, 0)
+    batch.draws = algorithm.draws(batch)
     credit = algorithm.credit(batch)
-    assert (credit.nan_to_num() == 0).all() and (credit == 0).any()
+    assert (credit.nan_to_num() == 0).all() and ((credit == 0).any() or not len(batch.rows))
 
 
 @flat

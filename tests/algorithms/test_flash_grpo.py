@@ -12,7 +12,7 @@ from flowrl.algorithms.flash_grpo import FlashGRPO
 from flowrl.algorithms.policy_gradient import sensitivity, std_of
 from flowrl.update import deal
 from samplers import gaussian_logprob, linear_times, shifted_times, wan_sde
-from tests.algorithms.toy import ToyPolicy, collect, gradient, select, train
+from tests.algorithms.toy import ToyPolicy, collect, gradient, train
 
 SDES = {"wan_sde": 1.0, "flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.6, "ddim": 0.8}
 POOL = (0, 1, 2, 3)
@@ -115,7 +115,7 @@ def test_the_weight_is_the_papers_over_its_mean_over_the_pool(num_prompts):
     expected = torch.tensor(factor) / (sum(factor) / len(POOL))
     found = SMALL.weight(batch)
     torch.testing.assert_close(found, expected[batch.trajectory.step], rtol=1e-4, atol=0)
-    part = select(batch, torch.tensor([0, 3, 5]))
+    part = batch.select(torch.tensor([0, 3, 5]))
     assert torch.equal(SMALL.weight(part), found[[0, 3, 5]])
 
 

@@ -5,7 +5,6 @@ Symbols: P prompts, K samples a prompt, B = P K samples; two latent dimensions.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +26,22 @@ class ToyPolicy(nn.Module):
         self.bias = nn.Parameter(torch.full((DIM,), bias))
         self.gain = nn.Parameter(torch.ones(()))
         self.initial = (self.bias.detach().clone(), self.gain.detach().clone())
-        self.calls = {"current": 0, "reference": 0, "teacher": 0}
+        self.before = self.initial
+        self.old_is_current = False
+        self.calls = {"current": 0, "reference": 0, "teacher": 0, "old": 0}
         self.role = "current"
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         self.calls[self.role] += len(x)
-        bias, gain = (self.bias, self.gain) if self.role == "current" else self.initial
+        bias, gain = self._weights()
         centre, t = bias + gain * cond["offset"], rows(t, x)
         surprise = (x - (1 - t) * centre) / (((1 - t) * 0.5) ** 2 + t**2)
         return t * surprise - centre - (1 - t) * 0.25 * surprise
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        if self.role == "current":
+            return self.bias, self.gain
+        return self.before if self.role == "old" else self.initial
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -44,6 +50,20 @@ class ToyPolicy(nn.Module):
             yield
         finally:
             self.role = "current"
+
+    @contextmanager
+    def old(self) -> Iterator[None]:
+        """The weights that follow: the initial ones until `follow` is called."""
+        self.role = "old"
+        try:
+            yield
+        finally:
+            self.role = "current"
+
+    def follow(self, decay: float) -> None:
+        """old <- decay old + (1 - decay) trained."""
+        bias, gain = self.before
+        self.before = (bias.lerp(self.bias.detach(), 1 - decay), gain.lerp(self.gain.detach(), 1 - decay))
 
     @contextmanager
     def teacher(self, weights: str | None, guidance: float) -> Iterator[None]:
@@ -91,20 +111,16 @@ def collect(
     batch.history = history or PromptHistory(32, num_prompts)
     for number_of, rewards in enumerate(batch.rewards.view(num_prompts, k)):
         batch.history.add(number_of, rewards, iteration)
+    batch.times, batch.place = shifted_times(algorithm.num_steps, 3.0), torch.arange(len(batch.rewards))
+    batch.draws = algorithm.draws(batch)
     batch.advantages = algorithm.credit(batch)
     return batch
 
 
 def live(batch: Batch) -> Batch:
-    """Without the edges that are not trained on."""
+    """Without the rows that are not trained on."""
     assert batch.advantages is not None
-    return select(batch, torch.nonzero(~batch.advantages.isnan()).flatten())
-
-
-def select(batch: Batch, index: Tensor) -> Batch:
-    """The minibatch of these edges."""
-    assert batch.advantages is not None
-    return replace(batch, trajectory=batch.trajectory.select(index), advantages=batch.advantages[index])
+    return batch.select(~batch.advantages.isnan())
 
 
 def gradient(algorithm: Algorithm, policy: ToyPolicy, batch: Batch, scale: float = 1.0) -> tuple[Loss, Tensor]:
@@ -124,11 +140,14 @@ def train(
     for iteration in range(iterations):
         batch = live(collect(algorithm, policy, iteration, num_prompts, k, seed, history))
         order = torch.Generator().manual_seed(stable_seed(seed, iteration))
-        for index in torch.randperm(len(batch.trajectory), generator=order).tensor_split(updates):
+        unit = torch.arange(len(batch.rows)) if batch.draws is None else batch.draws.unit
+        names = unit.unique()
+        for chosen in names[torch.randperm(len(names), generator=order)].tensor_split(updates):
             optimizer.zero_grad()
-            loss = algorithm.loss(policy, select(batch, index))
+            loss = algorithm.loss(policy, batch.select(torch.isin(unit, chosen).nonzero().flatten()))
             loss.value.backward()
             optimizer.step()
+        policy.follow(algorithm.old_decay(iteration))
         assert batch.rewards is not None
         metrics = {name: float(value) for name, value in loss.metrics.items()}
         metrics |= {"reward": float(batch.rewards.mean()), "loss": float(loss.value.detach())}

@@ -49,7 +49,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("returned", "message"), REFUSED.values(), ids=REFUSED)
 def test_a_broken_contract_says_what_and_how_to_mend_it(returned, message):
-    with pytest.raises(RewardContractError, match=message) as caught:
+    with torch.no_grad(), pytest.raises(RewardContractError, match=message) as caught:
         as_scores(returned(), 2, "mine")
     assert "reward 'mine" in str(caught.value)
 
@@ -81,6 +81,15 @@ def test_integers_are_numbers():
 def test_none_nan_and_infinities_are_all_no_verdict():
     value = as_scores([None, math.nan, math.inf, -math.inf, 0.0], 5, "mine").value
     assert value.isnan().tolist() == [True] * 4 + [False]
+
+
+def test_where_gradients_are_on_scores_keep_their_graph_and_parts_do_not():
+    x = torch.tensor([1.0, math.inf, 3.0], requires_grad=True)
+    scores = as_scores(Scores(value=2 * x, parts={"x": 3 * x}), 3, "mine")
+    assert not scores.parts["x"].requires_grad
+    scores.value[[0, 2]].sum().backward()
+    assert scores.value.isnan().tolist() == [False, True, False]
+    assert x.grad.tolist() == [2, 0, 2]
 
 
 def test_no_samples_are_fine():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards import RewardHub
+from rewards import RewardHub, Sample, traits_of
 from rewards.pixel import brightness, contrast, jpeg_compressibility, jpeg_size, redness
 from tests.rewards.makers import flat, noise
 
@@ -47,6 +47,30 @@ def test_statistics_of_plain_colours():
     assert brightness(samples).tolist() == pytest.approx([0.299, 0.701, 0.5, 1.0])
     assert redness(samples).tolist() == pytest.approx([1, -1, 0, 0])
     assert contrast(samples).tolist() == pytest.approx([0] * 4, abs=1e-5)
+
+
+@pytest.mark.parametrize("reward", [brightness, contrast, redness])
+def test_gradients_are_those_of_finite_differences(reward):
+    """In float64, on noise and on a picture with saturated pixels."""
+    media = torch.stack([noise(size=6).media, (3 * noise(1, size=6).media - 1).clamp(0, 1)]).double().requires_grad_()
+
+    def scores(images):
+        return reward([Sample(media=image) for image in images])
+
+    assert traits_of(reward).differentiable
+    assert torch.autograd.gradcheck(scores, (media,))
+
+
+def test_a_flat_picture_has_no_contrast_and_gradient_zero_instead_of_infinity():
+    sample = flat(0.5, 0.5, 0.5)
+    sample.media.requires_grad_()
+    contrast([sample]).sum().backward()
+    assert sample.media.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("reward", [jpeg_size, jpeg_compressibility])
+def test_the_size_of_a_file_has_no_gradient_and_says_so(reward):
+    assert not traits_of(reward).differentiable
 
 
 def test_contrast_of_half_black_half_white_is_one_half():

@@ -3,8 +3,8 @@
     python -m benchmarks.learning run       trains every config of a folder; what is finished is not repeated
     python -m benchmarks.learning report    learning.md, learning.png and learning.json from what is finished
 
-A call is one sample through the denoiser (two with guidance), in rollout, training, reference or teacher; decoding,
-rewards, backward passes and evaluations are not in the budget.
+A call is one sample through the denoiser (two with guidance), in rollout, training, old, reference or teacher;
+decoding, rewards, backward passes and evaluations are not in the budget.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ def iterations_within(budget: int, calls: Callable[[int], int]) -> tuple[int, in
 def predicted_calls(config: Config, algorithm: Algorithm, times: Tensor, iteration: int) -> int:
     """Denoiser calls of one iteration; nothing else here knows how plans are made and counted."""
     plans = plans_of(algorithm, times, iteration, config.data.samples_per_prompt, config.seed)
-    expected = expected_cost(config, algorithm, plans, iteration)
-    return expected.rollout + expected.train + expected.reference + expected.teacher
+    return expected_cost(config, algorithm, plans, iteration).calls
 
 
 def affordable(config: Config, budget: int) -> tuple[int, int]:

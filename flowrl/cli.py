@@ -35,6 +35,11 @@ GuideRange = Annotated[
     tuple[float, float], typer.Option(help="Times at which guides pull: lowest and highest; 0 = data, 1 = noise.")
 ]
 
+GuideCap = Annotated[
+    float | None,
+    typer.Option(help="Longest pull of guides, as a share of the velocity's norm; default: no limit.", min=0.001),
+]
+
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one sentence, not in a traceback (FLOWRL_TRACEBACK=1 shows it)."""
@@ -93,13 +98,14 @@ def evaluate_command(
     base: Annotated[bool, typer.Option(help="Evaluate the base model too, for comparison.")] = True,
     guide: Guides = None,
     guide_range: GuideRange = (0.0, 1.0),
+    guide_cap: GuideCap = None,
 ) -> None:
     """Score a run's exported weights, and the base model, on the held-out prompts."""
     from flowrl.standalone import evaluate_run
 
     evaluate_run(
         run, num_samples=num_samples, num_steps=num_steps, seed=seed, with_base=base, console=console,
-        guides=guide or [], t_range=guide_range,
+        guides=guide or [], t_range=guide_range, max_ratio=guide_cap,
     )  # fmt: skip
 
 
@@ -116,6 +122,7 @@ def sample(
     ] = 1.0,
     guide: Guides = None,
     guide_range: GuideRange = (0.0, 1.0),
+    guide_cap: GuideCap = None,
     seed: int = 0,
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("sample.png"),
 ) -> None:
@@ -124,7 +131,7 @@ def sample(
 
     sample_grid(
         prompts, model=model, weights=from_, count=count, num_steps=num_steps, guidance=guidance, seed=seed,
-        output=output, tuned_share=tuned_share, guides=guide or [], t_range=guide_range,
+        output=output, tuned_share=tuned_share, guides=guide or [], t_range=guide_range, max_ratio=guide_cap,
     )  # fmt: skip
     console.print(f"wrote {output}")
 
@@ -289,6 +296,19 @@ def pairs_show(folder: Annotated[Path, typer.Argument(help="A folder of pairs, o
     for row in describe_pairs(folder):
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
+
+
+@shapes_app.command("twins")
+def shapes_twins(
+    output: Annotated[Path, typer.Argument(help="Folder of the pairs.")],
+    count: Annotated[int, typer.Option(help="Twins: two prompts that differ in one word.", min=1)] = 200,
+    seed: int = 0,
+) -> None:
+    """Write twin prompts with true pictures, as pairs: what pair_grpo injects."""
+    from flowrl.shapes.twins import write_twins
+
+    write_twins(output, count, seed)
+    console.print(f"wrote {output}: {2 * count} pairs")
 
 
 def _checked(config: Path, overrides: list[str] | None):  # type: ignore[no-untyped-def]

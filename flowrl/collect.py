@@ -5,7 +5,7 @@ Symbols: P prompts of this process, K samples each, R roots, B = P K samples (le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from flowrl.policy import Policy
 from flowrl.record import Recorder
-from flowrl.types import Algorithm, Batch, Cond, Prompt, take
+from flowrl.types import T_NEXT, Algorithm, Batch, Cond, Prompt, take
 from rewards import RewardHub, Sample
-from samplers import Plan, Trajectory, Velocity, deterministic, noise_source, rollout
+from samplers import Plan, Solver, Trajectory, Velocity, deterministic, noise_source, rollout, stable_seed
 
 Guidance = Callable[[Velocity, Cond], Velocity]
 """guide(velocity, conditions [P, ...]) -> another velocity, whose prompts are indices into these conditions too."""
@@ -75,10 +75,13 @@ def roll_out(
 ) -> Batch:  # fmt: skip
     """The samples of these prompts, drawn by the old policy where there is one, with the edges to train on.
 
+    Where the method injects stored samples, they take the places of a prompt's first ones, which are not drawn.
+
     `slots` are the prompts' places in the whole iteration's list: noise is keyed and plans are dealt by them, so that a
     prompt's samples do not depend on which process makes them, and equal prompts do not get equal noise. A `recorder`
     keeps the graphs of the stored states for a single-pass update.
     """
+    _check_solver(plans, policy)
     width = plans[0].leaves_per_root
     prompt, number = roots_of_prompts(plans, len(prompts), samples_per_prompt)
     slot = torch.tensor(list(slots), dtype=torch.long)[prompt]
@@ -91,24 +94,69 @@ def roll_out(
             shape, seed=seed, iteration=iteration, prompt=slot[mine], member=number[mine] * width, device=policy.device
         )
         return rollout(
-            lambda x, t, i: policy.velocity(x, t, take(cond, i)), noise(root, torch.zeros_like(root), -1), plan,
+            _velocity(policy, cond), noise(root, torch.zeros_like(root), -1), plan,
             algorithm.kernel, eta=algorithm.eta, prompt=prompt[mine], group=slot[mine], noise=noise,
             micro_batch=geometry.rollout_batch, keep_mean=algorithm.needs.means,
             stored_velocity=recorder and (lambda x, t, i: recorder(x, t, take(cond, i))),
         )  # fmt: skip
 
     drawing = nullcontext() if algorithm.needs.on_policy else policy.old()
+    given = injected(seed, iteration, slots, algorithm.injection(iteration))[prompt] & (number < algorithm.needs.stored)
+    drawn = torch.nonzero(~given).flatten()
     with drawing, policy.role("rollout"):
-        trajectory = grow(plans, slot * int(samples_per_prompt // width) + number, walk)
+        trajectory = grow(
+            plans, (slot * int(samples_per_prompt // width) + number)[drawn], lambda plan, mine: walk(plan, drawn[mine])
+        )
+    if given.any():
+        rows = [prompts[p].metadata["stored"][n] for p, n in zip(prompt[given], number[given], strict=True)]
+        latents = StoredSamples(policy=policy, geometry=geometry).latents(rows)
+        stored = Trajectory.finished(latents, group=slot[given], leaf_prompt=prompt[given])
+        order = torch.cat([drawn, torch.nonzero(given).flatten()]).argsort()
+        trajectory = Trajectory.cat([trajectory, stored]).reorder_leaves(order.to(policy.device))
     return Batch(
         prompts=list(prompts), cond=cond, trajectory=trajectory, leaf_prompt=trajectory.leaf_prompt, plans=tuple(plans),
         iteration=iteration, seed=seed, velocity=recorder and recorder.result(),
     )  # fmt: skip
 
 
+def _velocity(policy: Policy, cond: Cond) -> Callable[..., Tensor]:
+    """What a rollout asks; where it says which time the step leads to, that is one more condition."""
+
+    def velocity(x: Tensor, t: Tensor, prompt: Tensor, t_next: Tensor | None = None) -> Tensor:
+        here = take(cond, prompt)
+        return policy.velocity(x, t, here if t_next is None else {**here, T_NEXT: t_next})
+
+    return velocity
+
+
+def _check_solver(plans: Sequence[Plan], policy: Policy) -> None:
+    """Only a model with two times can say the mean velocity of a step; another would take an Euler step unnoticed."""
+    if any(plan.solver == "average" for plan in plans) and solver_of(policy) != "average":
+        raise ValueError(
+            f"solver=average asks for the mean velocity of a step, and {type(policy.model).__name__} knows only that of "
+            "a moment. Set algorithm.solver to euler, heun or dpmpp_2m; or model.family to meanflow (two times)."
+        )
+
+
+def solver_of(policy: Policy) -> Solver:
+    """The solver that evaluations and samples of this model are walked with."""
+    return getattr(policy.model, "solver", "euler")
+
+
+def check_stored(prompts: Sequence[Prompt], count: int) -> None:
+    """Refuse prompts that do not name `count` stored samples (ValueError)."""
+    for prompt in prompts:
+        if (found := len(prompt.metadata.get("stored", ()))) != count:
+            raise ValueError(
+                f"prompt {prompt.id} ({prompt.text!r}) names {found} stored samples where {count} are wanted. A folder "
+                "of pairs has 2 each: give one as data.prompts (flowrl pairs make), with data.samples_per_prompt: 2 "
+                "where nothing else is trained on."
+            )
+
+
 @dataclass(kw_only=True)
 class StoredSamples:
-    """Samples from disk instead of a rollout: each prompt's metadata names its own, under `stored`.
+    """Samples from disk: each prompt's metadata names its own, under `stored`.
 
     `stored` is a list of {"media": path, "reward": number}, as `flowrl.pairs.read_pairs` gives it. The media are
     encoded into the model's latents when they come up.
@@ -116,48 +164,46 @@ class StoredSamples:
 
     policy: Policy
     geometry: Geometry
-    samples_per_prompt: int
-
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse prompts without as many stored samples (ValueError)."""
-        for prompt in prompts:
-            count = len(prompt.metadata.get("stored", ()))
-            if count != self.samples_per_prompt:
-                raise ValueError(
-                    f"data.samples is `stored`, but prompt {prompt.id} ({prompt.text!r}) names {count} stored samples "
-                    f"where data.samples_per_prompt is {self.samples_per_prompt}. A folder of pairs has 2 each."
-                )
 
     def __call__(
         self, prompts: Sequence[Prompt], slots: Sequence[int], conditions: Conditions, *, iteration: int, seed: int
     ) -> Batch:
-        """The samples of these prompts, with the rewards that were recorded."""
-        from flowrl.pairs import load_media
-
-        self.check(prompts)
+        """The samples of these prompts instead of a rollout's, with the rewards that were recorded."""
         rows = [row for prompt in prompts for row in prompt.metadata["stored"]]
-        device = self.policy.device
-        parts = []
-        for start in range(0, len(rows), size := self.geometry.decode_batch or len(rows)):
-            media = torch.stack([load_media(row["media"]) for row in rows[start : start + size]])
-            parts.append(self.policy.model.encode_media(self._checked(media).to(device)))
-        x0 = torch.cat(parts).float()
-        prompt = torch.arange(len(prompts)).repeat_interleave(self.samples_per_prompt)
+        prompt = torch.arange(len(prompts)).repeat_interleave(len(rows) // len(prompts))
         slot = torch.tensor(list(slots), dtype=torch.long)[prompt]
+        trajectory = Trajectory.finished(self.latents(rows), group=slot, leaf_prompt=prompt)
         return Batch(
-            prompts=list(prompts), cond=conditions([p.text for p in prompts]),
-            trajectory=Trajectory.finished(x0, group=slot, leaf_prompt=prompt), leaf_prompt=prompt.to(device),
-            iteration=iteration, seed=seed, rewards=torch.tensor([float(row["reward"]) for row in rows]).double(),
+            prompts=list(prompts), cond=conditions([p.text for p in prompts]), trajectory=trajectory,
+            leaf_prompt=trajectory.leaf_prompt, iteration=iteration, seed=seed,
+            rewards=torch.tensor([float(row["reward"]) for row in rows]).double(),
         )  # fmt: skip
 
+    def latents(self, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Clean latents [N,*L] of stored samples; ValueError where they are of another size than the run's."""
+        from flowrl.pairs import load_media
+
+        device, size = self.policy.device, self.geometry.decode_batch or len(rows)
+        parts = []
+        for start in range(0, len(rows), size):
+            media = torch.stack([self._checked(load_media(row["media"])) for row in rows[start : start + size]])
+            parts.append(self.policy.model.encode_media(media.to(device)))
+        return torch.cat(parts).float()
+
     def _checked(self, media: Tensor) -> Tensor:
-        g, found = self.geometry, tuple(media.shape[-2:])
-        if found != (g.height, g.width) or media.shape[1] != g.frames:
+        g = self.geometry
+        found, wanted = (media.shape[0], *media.shape[-2:]), (g.frames, g.height, g.width)
+        if found != wanted:
             raise ValueError(
-                f"stored media are {media.shape[1]} x {found[0]} x {found[1]} (frames, height, width), the run's "
-                f"{g.frames} x {g.height} x {g.width}: set model.frames, height and width to the media's."
+                f"a stored medium has {' x '.join(map(str, found))} (frames, height, width), the run makes "
+                f"{' x '.join(map(str, wanted))}: set model.frames, model.height and model.width to the media's."
             )
         return media
+
+
+def injected(seed: int, iteration: int, slots: Sequence[int], probability: float) -> Tensor:
+    """Which of these prompts get their stored samples, bool [P]: a function of the prompt's place, equal everywhere."""
+    return torch.tensor([stable_seed(seed, iteration, slot, -4) / 2**64 < probability for slot in slots])
 
 
 def roots_of_prompts(plans: Sequence[Plan], num_prompts: int, samples_per_prompt: int) -> tuple[Tensor, Tensor]:
@@ -206,7 +252,14 @@ def draw(
     guide: Guidance | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The clean latents [n,*L] that `sample` decodes, `batch` of them at a time."""
-    plan = deterministic(policy.model.times(num_steps, geometry.height, geometry.width, geometry.frames))
+    plan = deterministic(
+        policy.model.times(num_steps, geometry.height, geometry.width, geometry.frames), solver_of(policy)
+    )
+    if guide and plan.solver == "average":
+        raise ValueError(
+            "a guide bends the velocity of a moment, but a model with two times takes the mean of a whole step. "
+            "Sample without a guide, or set model.family to that of the one-time model."
+        )
     last = plan.num_steps if tuned_steps is None else tuned_steps
     if not 0 <= last <= plan.num_steps:
         raise ValueError(f"tuned_steps is {tuned_steps}, of {plan.num_steps} steps: choose from 0 to {plan.num_steps}.")
@@ -219,10 +272,12 @@ def draw(
         index = torch.arange(len(part))
         noise = noise_source(shape, seed=seed, iteration=iteration, prompt=slot, device=policy.device)
 
-        def velocity(x: Tensor, t: Tensor, i: Tensor, cond: Cond = cond) -> Tensor:
+        asked = _velocity(policy, cond)
+
+        def velocity(x: Tensor, t: Tensor, *where: Tensor, asked: Callable[..., Tensor] = asked) -> Tensor:
             tuned = last == plan.num_steps or bool(t[0] > handover)
             with nullcontext() if tuned else policy.reference(), policy.role("eval"):
-                return policy.velocity(x, t, take(cond, i))
+                return asked(x, t, *where)
 
         x_init = noise(index, torch.zeros_like(index), -1)
         yield rollout(guide(velocity, cond) if guide else velocity, x_init, plan, prompt=index, group=slot).x0

@@ -174,6 +174,10 @@ class EvaluationConfig(Section):
     """Seed of the evaluation's noise; apart from the run's, so that runs with other seeds can be compared."""
     headline: Word | None = None
     """Score that tables show first and by category, such as shapes.strict; null = the first reward."""
+    keep: Literal["last", "best"] = "last"
+    """Weights that are exported: the last, or those of the evaluation with the highest headline score."""
+    patience: Count | None = None
+    """The run ends after so many evaluations in a row that did not raise the best headline score; null = never."""
     measures: tuple[Word, ...] = ()
     """Numbers about the set of samples as a whole, as package.module:function or ./file.py:function."""
 
@@ -205,6 +209,8 @@ class DataConfig(Section):
     """The run stops when a reward gives no verdict on more than this share of the samples, three iterations running."""
     balance: Word | None = None
     """Metadata key, such as `category`, whose values every iteration covers evenly; null = plain shuffling."""
+    together: Word | None = None
+    """Metadata key whose equal values make prompts come together and be one group for credit; null = each by itself."""
     curriculum: Word | None = None
     """Which prompts are drawn more: learnable, easy_first, package.module:attr, ./file.py:attr; null = all in turn."""
     history: Natural = 32
@@ -440,6 +446,9 @@ def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
         for index in (i for i, entry in enumerate(config.rewards) if entry.gate is not None):
             text = "cuts the total, but this method takes each reward by itself; drop the gate, or set combine=sum"
             yield ("rewards", index, "gate"), text
+    if config.data.samples == "stored" and algorithm.needs.logprobs:
+        text = f"stored samples were not drawn step by step, and {config.algorithm.name} trains on steps; "
+        yield ("data", "samples"), text + "choose a method of the forward process, such as flow_dpo, or samples=rollout"
     if config.data.history < algorithm.needs.history:
         text = (
             f"{config.algorithm.name} compares with a prompt's last {algorithm.needs.history} rewards; remember as many"
@@ -501,11 +510,13 @@ def _deep_problems(config: Config) -> Iterator[tuple[Key, str]]:
             yield ("rewards", index), str(error)
     try:
         prompts = load_prompts(config.data.prompts)
-        sampler = PromptSampler(prompts, config.data.prompts_per_iteration, balance=config.data.balance)
+        data = config.data
+        sampler = PromptSampler(prompts, data.prompts_per_iteration, balance=data.balance, together=data.together)
     except DataError as error:
         yield ("data", "prompts"), str(error)
     else:
         yield from _curriculum_problems(config, sampler, prompts)
+        yield from _stored_problems(config, prompts)
     try:
         load_prompts(config.data.eval_prompts or "shapes", "held_out")
     except DataError as error:
@@ -529,6 +540,23 @@ def _curriculum_problems(config: Config, sampler: Any, prompts: Any) -> Iterator
             sampler(0, weights)
         except ValueError as error:  # DataError and ResolveError are such
             yield ("data", "curriculum"), str(error)
+
+
+def _stored_problems(config: Config, prompts: Any) -> Iterator[tuple[Key, str]]:
+    """Prompts that do not name the stored samples that are trained on."""
+    from flowrl.collect import check_stored
+
+    try:
+        if wanted := stored_per_prompt(config):
+            check_stored(prompts, wanted)
+    except ValueError as error:
+        yield ("data", "prompts"), str(error)
+
+
+def stored_per_prompt(config: Config) -> int | None:
+    """How many stored samples each prompt must name; None = nobody asks for them."""
+    data = config.data
+    return data.samples_per_prompt if data.samples == "stored" else config.algorithm.build().needs.stored or None
 
 
 def _teacher_problems(config: Config) -> Iterator[tuple[Key, str]]:
@@ -563,7 +591,7 @@ _FREE = (
     "name", "output_dir", "checkpoint_every", "keep_checkpoints", "evaluate_every", "engine", "log",
     "model.decode_micro_batch", "model.rollout_micro_batch", "model.gradient_checkpointing", "optimizer.micro_batch",
     "optimizer.update", "data.max_no_verdict", "data.evaluation.batch_size", "data.evaluation.grid_prompts",
-    "data.evaluation.headline",
+    "data.evaluation.headline", "data.evaluation.patience",
 )  # fmt: skip
 _FREE_REWARD = ("device", "batch_size", "cache")
 

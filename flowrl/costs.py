@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowrl.algorithms.schedule import credit_of
-from flowrl.collect import grow, roots_of_prompts
+from flowrl.collect import grow, injected, roots_of_prompts
 from flowrl.history import PromptHistory
 from flowrl.types import Algorithm, Batch, Prompt
 from flowrl.update import deal
@@ -38,6 +38,11 @@ class Cost:
     updates: int
     single_pass: bool
     """Whether the update takes the rollout's own graphs."""
+
+    @property
+    def calls(self) -> int:
+        """All of them."""
+        return self.rollout + self.train + self.old + self.reference + self.teacher
 
 
 LEAST_TRAINED = 2 / 3
@@ -70,6 +75,7 @@ def cost(
     """
     branches, needs = 2 if guided else 1, algorithm.needs
     batch = _sketch(algorithm, plans, prompts, samples_per_prompt, iteration, seed)
+    given = int(injected(seed, iteration, range(prompts), algorithm.injection(iteration)).sum()) * needs.stored
     credit = credit_of(algorithm, batch)
     trained = replace(batch, advantages=credit).select(~credit.isnan())
     roots = prompts * samples_per_prompt // plans[0].leaves_per_root
@@ -80,7 +86,8 @@ def cost(
     single_pass = update == "single_pass" or (update == "auto" and 0 < kept and states >= LEAST_TRAINED * kept)
     return Cost(
         prompts=prompts, samples=prompts * samples_per_prompt, roots=roots, rows=len(trained.rows), stored=kept,
-        states=states, rollout=0 if stored else branches * batch.trajectory.calls,
+        states=states,
+        rollout=0 if stored else branches * batch.trajectory.calls * (roots - given) // roots,
         train=0 if single_pass else branches * states * needs.evaluations,
         old=branches * _asked_of_old(algorithm, trained, prompts, samples_per_prompt, updates, iteration, seed),
         reference=branches * states if needs.reference else 0,
@@ -92,13 +99,14 @@ def cost(
 def _asked_of_old(
     algorithm: Algorithm, batch: Batch, prompts: int, samples_per_prompt: int, updates: int, iteration: int, seed: int
 ) -> int:
-    """Draws at which the old policy is asked: all, but those of the first update where it still is the trained one."""
-    if not algorithm.needs.old or batch.draws is None:
+    """Calls of the old policy: at all draws, but those of the first update where it still is the trained one."""
+    if not algorithm.asks_old(iteration) or batch.draws is None:
         return 0
+    probes = algorithm.probes(batch.draws)
     if iteration > 0 and algorithm.old_decay(iteration - 1) > 0:
-        return len(batch.draws)
+        return probes + len(batch.draws)
     key = stable_seed(seed, iteration, -2)
-    return int((deal(batch, range(prompts), prompts, samples_per_prompt, updates, key) > 0).sum())
+    return probes + int((deal(batch, range(prompts), prompts, samples_per_prompt, updates, key) > 0).sum())
 
 
 def _sketch(
@@ -110,7 +118,7 @@ def _sketch(
 
     def walk(plan: Plan, mine: Tensor) -> Trajectory:
         return rollout(
-            lambda x, t, i: torch.zeros_like(x), torch.zeros(len(mine), 1), plan, algorithm.kernel, eta=algorithm.eta,
+            lambda x, *_: torch.zeros_like(x), torch.zeros(len(mine), 1), plan, algorithm.kernel, eta=algorithm.eta,
             prompt=prompt[mine], group=prompt[mine], noise=lambda root, member, step: torch.zeros(len(root), 1),
         )  # fmt: skip
 

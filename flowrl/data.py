@@ -191,16 +191,22 @@ class PromptSampler:
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], per_iteration: int, seed: int = 0, balance: str | None = None
-    ) -> None:
-        """With `balance`, a metadata key, its values take turns: in an iteration their counts differ by at most one."""
+        self, prompts: Sequence[Prompt], per_iteration: int, seed: int = 0, balance: str | None = None,
+        together: str | None = None,
+    ) -> None:  # fmt: skip
+        """With `balance`, a metadata key, its values take turns: in an iteration their counts differ by at most one.
+
+        With `together`, another one, prompts that share its value are taken together, one after another.
+        """
         if not prompts:
             raise DataError("there are no prompts to sample from.")
         if per_iteration < 1:
             raise DataError(f"prompts_per_iteration={per_iteration}; an iteration takes at least one prompt.")
         self.per_iteration, self.seed = per_iteration, seed
         self._prompts = list(prompts)
-        self._pools = {"": list(range(len(prompts)))} if balance is None else _pools(prompts, balance)
+        self._pools = {"": list(range(len(prompts)))} if balance is None else _pools(prompts, balance, "balance")
+        self._families = _families(prompts, together, per_iteration)
+        self._pools = {name: [i for i in pool if i in self._families] for name, pool in self._pools.items()}
         self._order = lru_cache(maxsize=2 * len(self._pools))(self._shuffled)
 
     def __call__(self, iteration: int, weights: Tensor | None = None) -> list[Prompt]:
@@ -210,12 +216,12 @@ class PromptSampler:
         proportion to the weights of the prompts that are left (of a value of `balance`, when that is its turn). A
         prompt of weight 0 is taken only where the others do not suffice, and all are taken before one comes twice.
         """
-        first = iteration * self.per_iteration
-        places = range(first, first + self.per_iteration)
-        indices = map(self._at, places) if weights is None else self._drawn(iteration, places, self._numbers(weights))
+        families = self.per_iteration // len(next(iter(self._families.values())))
+        places = range(iteration * families, (iteration + 1) * families)
+        heads = map(self._at, places) if weights is None else self._drawn(iteration, places, self._numbers(weights))
         taken: dict[int, int] = {}
         chosen = []
-        for index in indices:
+        for index in (member for head in heads for member in self._families[head]):
             prompt, times = self._prompts[index], taken.get(index, 0)
             chosen.append(replace(prompt, id=prompt.id + times * len(self._prompts)) if times else prompt)
             taken[index] = times + 1
@@ -278,7 +284,21 @@ class PromptSampler:
         return values
 
 
-def _pools(prompts: Sequence[Prompt], key: str) -> dict[str, list[int]]:
+def _families(prompts: Sequence[Prompt], key: str | None, per_iteration: int) -> dict[int, list[int]]:
+    """{first index: all indices} of the prompts that are taken together, equally many each."""
+    if key is None:
+        return {index: [index] for index in range(len(prompts))}
+    families = {members[0]: members for members in _pools(prompts, key, "together").values()}
+    sizes = sorted({len(members) for members in families.values()})
+    if len(sizes) > 1 or per_iteration % sizes[0]:
+        raise DataError(
+            f"data.together={key}: {' or '.join(map(str, sizes))} prompts share a value, and an iteration takes "
+            f"{per_iteration}; every value must be shared by equally many prompts, which divide prompts_per_iteration."
+        )
+    return families
+
+
+def _pools(prompts: Sequence[Prompt], key: str, option: str) -> dict[str, list[int]]:
     """Indices of the prompts by the value of a metadata key, in the order in which the values first appear."""
     pools: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
@@ -286,8 +306,8 @@ def _pools(prompts: Sequence[Prompt], key: str) -> dict[str, list[int]]:
             known: Mapping[str, Any] = prompt.metadata
             there = f"it has {', '.join(known)}" if known else "it has none"
             raise DataError(
-                f"data.balance={key}: prompt {prompt.id} ({short(prompt.text)}) has no metadata {key!r}"
-                f"{nearest(key, known)}; {there}. Remove data.balance, or add the field to every line."
+                f"data.{option}={key}: prompt {prompt.id} ({short(prompt.text)}) has no metadata {key!r}"
+                f"{nearest(key, known)}; {there}. Remove data.{option}, or add the field to every line."
             )
         pools.setdefault(str(prompt.metadata[key]), []).append(index)
     return pools

@@ -13,6 +13,7 @@ Symbols: P prompts, N samples, *L latent dimensions.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import warnings
 from collections import Counter
@@ -259,7 +260,9 @@ class Policy:
                 _save_component(self._module, target / model.component)
         call = model.arguments(**{"guidance_scale": self.guidance, **(inference or {})})
         (target / INFERENCE).write_text(json.dumps(call, indent=2) + "\n")
-        (target / "README.md").write_text(_readme(model, target.name, self.lora is not None))
+        # A model that no pipeline of diffusers can walk says itself how it is used.
+        write = getattr(model, "readme", None) or functools.partial(_readme, model)
+        (target / "README.md").write_text(write(target.name, self.lora is not None))
         return target
 
     @contextmanager

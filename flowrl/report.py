@@ -80,10 +80,10 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 def comparison(folder: Path) -> list[Row]:
     """Before and after of every score, the headline score by category too; paired errors: same prompts, same noise."""
-    files = sorted((folder / "samples").glob("*.json"))
-    if len(files) < 2:
+    files = _before_and_after(folder, "json")
+    if not files:
         return []
-    first, last = (json.loads(path.read_text()) for path in (files[0], files[-1]))
+    first, last = (json.loads(path.read_text()) for path in files)
     summary = json.loads((folder / "summary.json").read_text())
     names, shown = _both(first["scores"], last["scores"]), summary.get("headline")
     rows: list[Row] = []
@@ -97,6 +97,17 @@ def comparison(folder: Path) -> list[Row]:
         b, f = (summary[side]["measures"][name]["mean"] for side in ("base", "final"))
         rows.append((name, b, f, None if None in (b, f) else f - b, None))
     return rows
+
+
+def _before_and_after(folder: Path, suffix: str) -> list[Path]:
+    """The files of the first evaluation and of that whose weights were exported, by default the last; or none."""
+    files = sorted((folder / "samples").glob(f"*.{suffix}"))
+    if len(files) < 2:
+        return []
+    summary = folder / "summary.json"
+    exported = json.loads(summary.read_text()).get("exported") if summary.is_file() else None
+    after = folder / "samples" / f"{exported or 0:06d}.{suffix}"
+    return [files[0], files[-1] if exported is None or not after.is_file() else after]
 
 
 def headline(summary: Mapping[str, Any]) -> str:
@@ -154,13 +165,13 @@ def write_report(folder: Path) -> Path:
     """`report.html`: curves, before and after, table and config in one file that needs no network."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     charts = "".join(_chart(name, rows) for name in _curves(rows))
-    grids = sorted((folder / "samples").glob("*.png"))
-    if len(grids) > 1:
-        save_pair(grids[0], grids[-1], folder / "before_after.png")
+    grids = _before_and_after(folder, "png")
+    if grids:
+        save_pair(*grids, folder / "before_after.png")
     pair = "".join(
         f"<div><h3>{title}</h3><img alt='{title}' src='data:image/png;base64,{_base64(path)}'></div>"
-        for title, path in (("before", grids[0]), ("after", grids[-1]))
-    ) if len(grids) > 1 else ""  # fmt: skip
+        for title, path in zip(("before", "after"), grids, strict=False)
+    )
     table = "".join(
         "<tr><td>" + html.escape(name) + "</td>" + "".join(f"<td>{_number(v)}</td>" for v in values) + "</tr>"
         for name, *values in comparison(folder)

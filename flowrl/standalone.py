@@ -58,7 +58,9 @@ def _config_of(weights: Path) -> Config | None:
     return run_config(weights.parent) if (weights.parent / "config.yaml").is_file() else None
 
 
-def guidance_of(guides: Sequence[str], t_range: tuple[float, float], model: Any) -> Guidance | None:
+def guidance_of(
+    guides: Sequence[str], model: Any, t_range: tuple[float, float], max_ratio: float | None
+) -> Guidance | None:
     """The latent rewards that `--guide DIR=WEIGHT` names, as one guide; None without any."""
     found = []
     if not 0 <= t_range[0] < t_range[1] <= 1:
@@ -72,12 +74,12 @@ def guidance_of(guides: Sequence[str], t_range: tuple[float, float], model: Any)
         if not folder:
             raise RunError(f"--guide {guide!r}: expected FOLDER=WEIGHT, for example latent/shapes=0.5.")
         found.append((LatentReward.load(folder, model), value))
-    return guided_by(found, t_range=t_range) if found else None
+    return guided_by(found, t_range=t_range, max_ratio=max_ratio) if found else None
 
 
 def evaluate_run(
     run: Path, *, num_samples: int | None, num_steps: int | None, seed: int | None, with_base: bool, console: Console,
-    guides: Sequence[str] = (), t_range: tuple[float, float] = (0.0, 1.0),
+    guides: Sequence[str] = (), t_range: tuple[float, float] = (0.0, 1.0), max_ratio: float | None = None,
 ) -> dict[str, Evaluation]:  # fmt: skip
     """Score a run's weights (and the base model, on the same prompts and noise), and print the table.
 
@@ -101,7 +103,7 @@ def evaluate_run(
                 geometry_of(config, policy.model),
                 num_steps=num_steps or settings.num_steps, seed=settings.seed if seed is None else seed,
                 measures=[resolve(m, "flowrl.shapes") for m in settings.measures], batch=settings.batch_size,
-                guide=guidance_of(guides, t_range, policy.model) if name == "guided" else None,
+                guide=guidance_of(guides, policy.model, t_range, max_ratio) if name == "guided" else None,
             )  # fmt: skip
     _print(found, console)
     return found
@@ -129,13 +131,13 @@ def _cell(mean: float | None, error: float | None) -> str:
 def sample_grid(
     prompts: Sequence[str], *, model: str, weights: Path | None, count: int, num_steps: int | None,
     guidance: float | None, seed: int, output: Path, tuned_share: float = 1.0, guides: Sequence[str] = (),
-    t_range: tuple[float, float] = (0.0, 1.0),
+    t_range: tuple[float, float] = (0.0, 1.0), max_ratio: float | None = None,
 ) -> None:  # fmt: skip
     """Draw every prompt `count` times into one picture.
 
     `tuned_share` in [0,1] of the steps, noisiest first and rounded to whole ones, go with `weights`, the rest with the
     base model. A second copy of the network is in memory only where the weights are a full export. `guides` are latent
-    rewards, as FOLDER=WEIGHT, that guide the steps at times in `t_range`.
+    rewards, as FOLDER=WEIGHT, that guide the steps at times in `t_range`, with pulls of `max_ratio` |v| at most.
     """
     if tuned_share != 1 and weights is None:
         raise RunError(
@@ -159,20 +161,22 @@ def sample_grid(
     media = sample(
         policy, wanted, range(len(wanted)), Conditions(encode=policy.encode, device=policy.device),
         Geometry(height=settings["height"], width=settings["width"]),
-        num_steps=steps, seed=seed, tuned_steps=tuned_steps, guide=guidance_of(guides, t_range, loaded),
+        num_steps=steps, seed=seed, tuned_steps=tuned_steps, guide=guidance_of(guides, loaded, t_range, max_ratio),
     )  # fmt: skip
     save_grid(Evaluation(prompts=wanted, scores={}, measures={}, media=media), output, len(wanted))
 
 
 def export_run(run: Path, output: Path, *, averaged: bool) -> None:
-    """The newest checkpoint's weights in diffusers' format."""
+    """The weights of the newest checkpoint in diffusers' format, the best so far where the run keeps those."""
     config = run_config(run)
     state = checkpoint.latest_valid(run / "checkpoints")
     policy = Policy(
         load_model(config), lora=config.model.lora and config.model.lora.model_dump(),
         guidance=config.model.guidance, ema_decay=config.optimizer.ema_decay,
     )  # fmt: skip
-    tensors = {k.removeprefix("policy."): v for k, v in state.tensors.items() if k.startswith("policy.")}
+    part = "best." if any(k.startswith("best.") for k in state.tensors) else "policy."  # what the run itself exports
+    tensors = {k.removeprefix(part): v for k, v in state.tensors.items() if k.startswith(part)}
+    tensors = {k: v for k, v in tensors.items() if not k.startswith("old.")}  # follows the weights in training alone
     policy.load_state_dict(tensors)
     policy.export(output, averaged=averaged, inference=inference_settings(config))
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +27,8 @@ from flowrl import checkpoint
 from flowrl.algorithms.advantages import group_advantages
 from flowrl.algorithms.schedule import credit_of, plans_of
 from flowrl.checkpoint import Checkpoint, CheckpointError, RunLock, flatten_optimizer, restore_optimizer
-from flowrl.collect import Conditions, Geometry, StoredSamples, decode_and_submit, roll_out
-from flowrl.config import Config, diff, dump, identity
+from flowrl.collect import Conditions, Geometry, StoredSamples, check_stored, decode_and_submit, roll_out
+from flowrl.config import Config, diff, dump, identity, stored_per_prompt
 from flowrl.costs import expected_cost
 from flowrl.curriculum import curriculum
 from flowrl.data import PromptSampler, fingerprint, load_prompts, shard
@@ -91,10 +91,12 @@ class Trainer:
                 f"{data.prompts_per_iteration}: raise data.prompts_per_iteration, or launch fewer processes."
             )
         prompts = load_prompts(data.prompts, "train")
-        self.sampler = PromptSampler(prompts, data.prompts_per_iteration, config.seed, data.balance)
+        self.sampler = PromptSampler(prompts, data.prompts_per_iteration, config.seed, data.balance, data.together)
         self.prompts = prompts
         if hasattr(self.algorithm, "check_prompts"):
             self.algorithm.check_prompts(prompts)
+        if wanted := stored_per_prompt(config):
+            check_stored(prompts, wanted)
         self.history = PromptHistory(data.history, len(prompts))
         self.curriculum = curriculum(data.curriculum) if data.curriculum else None
         self._prompts_of(0)  # refuses a curriculum's weights before anything is loaded
@@ -117,10 +119,7 @@ class Trainer:
         needs = self.algorithm.needs
         self.policy = self._build_policy()
         self.geometry = geometry_of(config, self.policy.model)
-        self.stored = (
-            StoredSamples(policy=self.policy, geometry=self.geometry, samples_per_prompt=data.samples_per_prompt)
-            if data.samples == "stored" else None
-        )  # fmt: skip
+        self.stored = StoredSamples(policy=self.policy, geometry=self.geometry) if data.samples == "stored" else None
         """Where samples come from instead of a rollout."""
         self.critic = None
         if needs.gradient:
@@ -142,6 +141,8 @@ class Trainer:
         self.seconds = 0.0
         """Training time of all iterations so far, evaluations and checkpoints excluded."""
         self.evaluations: dict[str, dict[str, Any]] = {}
+        self.best: dict[str, Tensor] = {}
+        """The policy's state at its best evaluation, where that is kept."""
         self.signal: int | None = None
         self.warned = False
         if state is not None:
@@ -157,15 +158,14 @@ class Trainer:
             with together(self.engine):
                 self.hub.warmup()
             self._evaluate_if_due()
-            while self.iteration < self.config.iterations:
+            while not self._done():
                 self.log.write(self.iteration, self.step(self.iteration))
                 self.iteration += 1
-                done = self.iteration == self.config.iterations
-                if self._asked_to_stop() and not done:
+                if self._asked_to_stop() and self.iteration < self.config.iterations:
                     self._save()
                     self._leave()
                 self._evaluate_if_due()
-                if done or due(self.iteration, self.config.checkpoint_every):
+                if self._done() or due(self.iteration, self.config.checkpoint_every):
                     self._save()
             return self._finish()
 
@@ -209,8 +209,8 @@ class Trainer:
                 critic=self.critic,
             )  # fmt: skip
             batch = replace(batch, draws=self.algorithm.draws(batch))
-            everyone = self._with_everyones_rewards(batch, table, scores)
-            advantages = credit_of(self.algorithm, replace(everyone, groups=prompts, history=self.history))
+            everyone = self._with_everyones_rewards(batch, prompts, table, scores)
+            advantages = credit_of(self.algorithm, replace(everyone, history=self.history))
             batch = credited(batch, advantages)
 
         with phase("update"):
@@ -322,7 +322,9 @@ class Trainer:
         value[seen == 0] = math.nan
         return value[0], dict(zip(result.scores, value[1:], strict=True))
 
-    def _with_everyones_rewards(self, batch: Batch, table: Tensor, scores: Mapping[str, Tensor]) -> Batch:
+    def _with_everyones_rewards(
+        self, batch: Batch, prompts: list[Prompt], table: Tensor, scores: Mapping[str, Tensor]
+    ) -> Batch:
         """The batch as `credit` sees it: this process's edges over the samples of all processes."""
         per_prompt = self.config.data.samples_per_prompt
         rules = {name: rule for name, rule in self.hub.rules.items() if rule.weight != 0 and name in scores}
@@ -330,16 +332,35 @@ class Trainer:
         leaves = torch.zeros(len(trajectory), len(table), dtype=torch.bool, device=trajectory.leaves.device)
         assert batch.place is not None
         leaves[:, batch.place.to(leaves.device)] = trajectory.leaves
-        group = torch.arange(len(table) // per_prompt, device=leaves.device).repeat_interleave(per_prompt)
+        # Scores are normalised by prompt; credit may compare the prompts that came together.
+        own = torch.arange(len(prompts)).repeat_interleave(per_prompt)
+        group = families(prompts, self.config.data.together).repeat_interleave(per_prompt).to(leaves.device)
         trajectory = replace(trajectory, leaves=leaves, group=group)
         return replace(
             batch, trajectory=trajectory, rewards=table,
-            scores={name: normalised(scores[name], rule, group.cpu()).double() for name, rule in rules.items()},
+            scores={name: normalised(scores[name], rule, own).double() for name, rule in rules.items()},
             weights={name: rule.weight for name, rule in rules.items()},
+            groups=[prompts[first] for first in group.unique().tolist()],
         )  # fmt: skip
 
     def _total(self, count: int) -> int:
         return int(self.engine.sum(torch.tensor(count, dtype=torch.float64)).item())
+
+    def _done(self) -> bool:
+        """After the last iteration, or where `patience` evaluations in a row did not raise the best headline score."""
+        patience = self.config.data.evaluation.patience
+        if patience is None or self.iteration == self.config.iterations:
+            return self.iteration == self.config.iterations
+        best = self._best_evaluation()
+        later = 0 if best is None else sum(int(k) > best for k in self.evaluations)
+        return self._total(int(self.main and later >= patience)) > 0  # the main process alone evaluates
+
+    def _best_evaluation(self) -> int | None:
+        """After how many iterations the headline score was highest, the first time; None where it has no verdict."""
+        name = self._headline()
+        scores = {int(k): e["scores"].get(name, {}).get("mean") for k, e in self.evaluations.items()}
+        known = {k: score for k, score in scores.items() if score is not None}
+        return max(sorted(known), key=lambda k: known[k]) if known else None
 
     def _evaluate_if_due(self) -> None:
         """Before the first iteration, every so often, and after the last, unless it was done before a resume."""
@@ -361,7 +382,9 @@ class Trainer:
             self._remember_scores(found)
             self.log.evaluation(self.iteration, summary)
             self.log.say(f"evaluation after {self.iteration} iterations: {headline(summary)}")
-            self.evaluations[str(self.iteration)] = summary  # last: from here on a checkpoint says that it is done
+            self.evaluations[str(self.iteration)] = summary  # from here on a checkpoint says that it is done
+            if settings.keep == "best" and self._best_evaluation() == self.iteration:
+                self.best = self.policy.state_dict()
 
     def _remember_scores(self, found: Evaluation) -> None:
         """Per-sample scores beside the picture: what paired standard errors are made of."""
@@ -460,6 +483,7 @@ class Trainer:
         tensors = {f"optimizer.{k}": v for k, v in tensors.items()}
         tensors |= {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
         tensors |= {f"history.{k}": v for k, v in self.history.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
         meta = {
             "optimizer": optimizer, "skipped": self.updater.skipped,
             "evaluations": self.evaluations, "seconds": self.seconds, "identity": self.identity,
@@ -480,13 +504,14 @@ class Trainer:
 
     def _take_up(self, state: Checkpoint) -> None:
         """Go on from a checkpoint."""
-        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in ("policy", "optimizer", "history")}
+        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in ("policy", "optimizer", "history", "best")}
         for key, tensor in state.tensors.items():
             part, _, rest = key.partition(".")
             tensors[part][rest] = tensor
         self.policy.load_state_dict(tensors["policy"])
         restore_optimizer(self.optimizer, tensors["optimizer"], state.meta["optimizer"])
         self.history.load_state_dict(tensors["history"])
+        self.best = tensors["best"]
         self.iteration = self.saved = state.iteration
         self.updater.skipped = state.meta["skipped"]
         self.evaluations, self.seconds = state.meta["evaluations"], state.meta["seconds"]
@@ -494,11 +519,14 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """Weights, summary and report."""
         numbers = sorted(int(k) for k in self.evaluations)
+        exported = self._best_evaluation() if self.config.data.evaluation.keep == "best" else None
+        exported = numbers[-1] if exported is None and numbers else exported
         summary: dict[str, Any] = {
             "iterations": self.iteration, "train_seconds": self.seconds, "seed": self.config.seed,
             "headline": self._headline(),
             "base": self.evaluations.get(str(numbers[0])) if numbers else None,
-            "final": self.evaluations.get(str(numbers[-1])) if numbers else None,
+            "final": self.evaluations.get(str(exported)) if numbers else None,
+            "exported": exported,
         }  # fmt: skip
         summary = plain(summary)
         with together(self.engine):
@@ -510,13 +538,15 @@ class Trainer:
         """The score that tables show first; the first reward where the one asked for does not exist."""
         asked, first = self.config.data.evaluation.headline, next(iter(self.hub.rules))
         scores = {name for evaluation in self.evaluations.values() for name in evaluation["scores"]}
-        if asked and scores and asked not in scores:
-            known = ", ".join(sorted(scores))
-            self.log.say(f"note: data.evaluation.headline is {asked!r}, but there are only {known}; showing {first!r}.")
-            return first
-        return asked or first
+        return first if not asked or (scores and asked not in scores) else asked
 
     def _write_results(self, summary: dict[str, Any]) -> None:
+        asked, name = self.config.data.evaluation.headline, summary["headline"]
+        if asked not in (None, name):
+            known = ", ".join(sorted(summary["final"]["scores"]))
+            self.log.say(f"note: data.evaluation.headline is {asked!r}, but there are only {known}; showing {name!r}.")
+        if self.best:
+            self.policy.load_state_dict(self.best)
         shutil.rmtree(self.folder / "weights", ignore_errors=True)  # what a killed or another attempt left there
         self.policy.export(self.folder / "weights", inference=inference_settings(self.config))
         write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -557,6 +587,12 @@ def inference_settings(config: Config) -> dict[str, Any]:
 def due(iteration: int, every: int, last: bool = False) -> bool:
     """Whether something that happens every so many iterations (0 = never) happens after this one, or as the last."""
     return every > 0 and (last or iteration % every == 0)
+
+
+def families(prompts: Sequence[Prompt], key: str | None) -> Tensor:
+    """The group of each prompt [P]: the place of the first prompt that has the same metadata `key`, or its own."""
+    names = [str(place) if key is None else str(prompt.metadata[key]) for place, prompt in enumerate(prompts)]
+    return torch.tensor([names.index(name) for name in names])
 
 
 def leaf_places(batch: Batch, samples_per_prompt: int) -> Tensor:

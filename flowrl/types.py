@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Cond = dict[str, Tensor]
 """What a model is conditioned on: named tensors whose first dimension is the prompt, [P, ...]."""
 
+T_NEXT = "t_next"
+"""Condition of a model with average velocities: the time [N] that the step at hand leads to; see `flowrl.models`."""
+
 
 def take(cond: Mapping[str, Tensor], index: Tensor) -> Cond:
     """The conditions of the prompts at `index` [N]: every tensor [P, ...] becomes [N, ...]."""
@@ -185,6 +188,8 @@ class Needs(NamedTuple):
     """Finished samples with a reward; without, the loss judges for itself and the plan may end before t = 0."""
     gradient: bool = False
     """Rewards that can be differentiated, in `batch.critic`."""
+    stored: int = 0
+    """Stored samples that each prompt must name, and that may stand among its own (`injection`)."""
     evaluations: int = 1
     """Velocities of the trained policy that the loss asks for one row."""
 
@@ -267,6 +272,18 @@ class Hyperparameters(BaseModel):
         """How slowly the old policy follows after this iteration, where `needs.old`; 0 = it is the trained one."""
         return 0.0
 
+    def injection(self, iteration: int) -> float:
+        """Probability with which a prompt's stored samples stand among its own, where `needs.stored`."""
+        return 0.0
+
+    def asks_old(self, iteration: int) -> bool:
+        """Whether the loss asks the old policy in this iteration."""
+        return self.needs.old
+
+    def probes(self, draws: Draws) -> int:
+        """Velocities of the old policy that the loss asks for besides those at the rows' own states and times."""
+        return 0
+
 
 class Algorithm(Protocol):
     """A method: which steps are stochastic, what each row is worth, and the loss. One file each."""
@@ -290,6 +307,18 @@ class Algorithm(Protocol):
 
     def old_decay(self, iteration: int) -> float:
         """How slowly the old policy follows after this iteration; 0 = it is the trained one."""
+        ...
+
+    def asks_old(self, iteration: int) -> bool:
+        """Whether the loss asks the old policy in this iteration."""
+        ...
+
+    def probes(self, draws: Draws) -> int:
+        """Velocities of the old policy that the loss asks for besides those at the rows' own states and times."""
+        ...
+
+    def injection(self, iteration: int) -> float:
+        """Probability with which a prompt's stored samples stand among its own."""
         ...
 
     def plan(self, times: Tensor, iteration: int, samples_per_prompt: int, seed: int) -> Plan | Sequence[Plan]:

@@ -96,7 +96,8 @@ class TwoTowers(nn.Module):
         self.picture_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, features))
 
         self.word = nn.Embedding(_UNKNOWN + 1 + len(words), text_width, padding_idx=_PADDING)
-        self.order = nn.Parameter(0.1 * torch.randn(MAX_WORDS, text_width))
+        self.order = nn.Parameter(torch.randn(MAX_WORDS, text_width))  # as loud as the words
+        self.near = nn.Conv1d(text_width, text_width, 3, padding=1)
         self.text_blocks = nn.ModuleList(_Attention(text_width) for _ in range(2))
         self.text_out = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, features))
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
@@ -121,6 +122,7 @@ class TwoTowers(nn.Module):
         """L2-normalised features [M,D] of word ids [M,L]."""
         real = tokens != _PADDING
         words = self.word(tokens) + self.order
+        words = words + self.near(words.mT).mT  # which colour is whose: it stands beside it
         for block in self.text_blocks:
             words = block(words, real[:, None, None])
         pooled = (words * real[..., None]).sum(1) / real.sum(1, keepdim=True)

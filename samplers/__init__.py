@@ -61,7 +61,7 @@ from samplers.prediction import (
     vp_state,
 )
 from samplers.prune import at_steps, best_and_worst
-from samplers.rollout import Prune, Velocity, rollout
+from samplers.rollout import MeanVelocity, Prune, Velocity, rollout
 from samplers.solvers import SOLVERS, Solver, dpmpp_2m, euler, heun
 from samplers.times import (
     dynamic_shift,
@@ -77,6 +77,7 @@ __all__ = [
     "SOLVERS",
     "Guide",
     "Kernel",
+    "MeanVelocity",
     "Noise",
     "Plan",
     "Prune",

@@ -56,6 +56,10 @@ class Plan:
     """[T] factor on eta in each step; () = 1 everywhere. It is part of the kernel, hence of the log-prob."""
     strides: tuple[int, ...] = (1,)
     """The ODE steps behind the last stochastic one are walked once for each stride, as samples of their own."""
+    until: int | None = None
+    """Steps that are walked: the state there, with its noise, is the sample, for others to go on from; None = all."""
+    kept: tuple[int, ...] = ()
+    """Steps, rising, whose first state and its velocity every sample keeps: `Trajectory.visited`."""
 
     def __post_init__(self) -> None:
         """Normalise to tuples and refuse plans that cannot be walked (ValueError)."""
@@ -64,10 +68,13 @@ class Plan:
         object.__setattr__(self, "fanout", tuple(int(k) for k in self.fanout))
         object.__setattr__(self, "noise", tuple(float(f) for f in self.noise) or (1.0,) * len(self.stochastic))
         object.__setattr__(self, "strides", tuple(int(stride) for stride in self.strides))
+        object.__setattr__(self, "kept", tuple(int(step) for step in self.kept))
         _check_times(self.times)
         _check_lengths(self)
         _check_branches(self)
+        _check_until(self)
         _check_strides(self)
+        _check_kept(self)
         if self.solver not in SOLVERS:
             raise ValueError(f"unknown ODE solver {self.solver!r}; choose one of {', '.join(SOLVERS)}.")
 
@@ -98,8 +105,8 @@ class Plan:
 
     @property
     def tails(self) -> tuple[tuple[float, ...], ...]:
-        """The times behind the head, one list for each stride: every stride-th time, and always 0 at the end."""
-        last = self.num_steps
+        """The times behind the head, one list for each stride: every stride-th time, and always the last at the end."""
+        last = self.num_steps if self.until is None else self.until
         return tuple(
             tuple(self.times[place] for place in (*range(self.head, last, stride), last)) for stride in self.strides
         )
@@ -144,15 +151,19 @@ class Plan:
         """The same plan with several tails: ``(1, 2)`` ends every node twice, in all and in half of the steps left."""
         return replace(self, strides=tuple(strides))
 
+    def with_kept(self, steps: Sequence[int]) -> "Plan":
+        """The same plan, in which every sample keeps its states at the beginning of these steps."""
+        return replace(self, kept=tuple(sorted(steps)))
+
     def _calls_at(self, step: int, then: float) -> int:
         # Heun falls back to Euler where it would have to ask the network at t = 0.
         second = self.solver == "heun" and not (step < self.num_steps and self.stochastic[step]) and then > 0
         return 2 if second else 1
 
 
-def deterministic(times: Times, solver: Solver = "euler") -> Plan:
-    """ODE steps only: evaluation, and the methods that need samples but no log-probs."""
-    return subset(times, (), solver=solver)
+def deterministic(times: Times, solver: Solver = "euler", until: int | None = None) -> Plan:
+    """ODE steps only: evaluation, and the methods that need samples but no log-probs; the first `until` of them."""
+    return replace(subset(times, (), solver=solver), until=until)
 
 
 def all_steps(times: Times, solver: Solver = "euler") -> Plan:
@@ -395,6 +406,18 @@ def _check_lengths(plan: Plan) -> None:
         )
 
 
+def _check_until(plan: Plan) -> None:
+    if plan.until is None:
+        return
+    if plan.strides != (1,):
+        raise ValueError(f"until={plan.until} ends before several tails (strides {plan.strides}) could; leave one out.")
+    if not plan.head <= plan.until <= plan.num_steps:
+        raise ValueError(
+            f"until={plan.until} steps are to be walked, of {plan.num_steps} whose last stochastic one is number "
+            f"{plan.head}; choose from {plan.head} to {plan.num_steps}, or None for all."
+        )
+
+
 def _check_strides(plan: Plan) -> None:
     left = plan.num_steps - plan.head
     if not plan.strides or min(plan.strides) < 1 or len(set(plan.strides)) < len(plan.strides):
@@ -406,6 +429,14 @@ def _check_strides(plan: Plan) -> None:
             f"strides={plan.strides} make equal tails of the {left} steps behind the last stochastic one, and so "
             f"equal samples; leave out strides above {max(left, 1)}, or put the stochastic step earlier."
         )
+
+
+def _check_kept(plan: Plan) -> None:
+    _check_inside(plan.kept, plan.num_steps if plan.until is None else plan.until)
+    if list(plan.kept) != sorted(set(plan.kept)):
+        raise ValueError(f"kept={plan.kept} must name different steps in rising order.")
+    if plan.kept and plan.strides != (1,):
+        raise ValueError(f"kept={plan.kept} with strides={plan.strides}: tails walk other steps; leave strides=(1,).")
 
 
 def _check_branches(plan: Plan) -> None:

@@ -19,10 +19,13 @@ from samplers.prediction import denoised
 from samplers.solvers import dpmpp_2m, euler, heun
 from samplers.trajectory import Trajectory
 
-__all__ = ["Prune", "Velocity", "rollout"]
+__all__ = ["MeanVelocity", "Prune", "Velocity", "rollout"]
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """velocity(x [N, *L] fp32, t [N] fp32, prompt [N] int64) -> v [N, *L]."""
+
+MeanVelocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""velocity(x, t, prompt, t_next [N] fp32) -> mean velocity from t to t_next; the solver ``average`` asks for it."""
 
 Prune = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 """prune(step, x0 estimates [N, *L], root [N], member [N]) -> bool [N] of the nodes that go on, or None for all."""
@@ -34,12 +37,18 @@ class _Nodes(NamedTuple):
     x: Tensor
     root: Tensor
     member: Tensor
-    x0_before: Tensor | None
+    visited: Tensor
+    x0_before: Tensor | None = None
     t_before: float = math.nan
 
     def take(self, index: Tensor) -> "_Nodes":
         before = None if self.x0_before is None else self.x0_before[index]
-        return _Nodes(self.x[index], self.root[index], self.member[index], before, self.t_before)
+        return _Nodes(self.x[index], self.root[index], self.member[index], self.visited[index], before, self.t_before)
+
+    def keep(self, v: Tensor) -> "_Nodes":
+        """Remember the states at hand, and the velocities there."""
+        here = torch.stack([self.x, v], 1)[:, None]
+        return self._replace(visited=torch.cat([self.visited, here], 1))
 
 
 class _Edges(NamedTuple):
@@ -59,7 +68,7 @@ class _Edges(NamedTuple):
 
 @torch.no_grad()
 def rollout(
-    velocity: Velocity,
+    velocity: Velocity | MeanVelocity,
     x_init: Tensor,
     plan: Plan,
     kernel: Kernel | None = None,
@@ -84,6 +93,9 @@ def rollout(
     of the returned table; ``keep_mean`` adds the means of the stochastic steps to it. ``stored_velocity`` is asked
     instead of ``velocity`` at the states that are stored, in the order of their numbers (a caller may keep its graph).
 
+    Where the plan's solver is ``average``, ``velocity`` gets a fourth argument in ODE steps, the time that the step
+    leads to, and answers with the mean velocity of the step.
+
     States and log-probs are fp32. A state is rounded to ``storage_dtype`` before a stochastic step uses it and before
     the log-prob of having reached it is taken, so recomputing from the table gives a ratio of 1. ODE steps are neither
     stored nor given a log-prob. Raises ValueError when a stochastic step would add no noise.
@@ -100,7 +112,8 @@ def rollout(
     evaluate_stored = _Counted(stored_velocity or velocity, where, micro_batch)
     times = plan.grid().tolist()  # rounded to fp32, as the edges store them
     roots = torch.arange(len(x_init), device=x_init.device)
-    nodes = _Nodes(x_init.float(), roots, torch.zeros_like(roots), None)
+    visited = torch.zeros(len(x_init), 0, 2, *x_init.shape[1:], device=x_init.device)
+    nodes = _Nodes(x_init.float(), roots, torch.zeros_like(roots), visited)
     edges = [_no_edges(x_init, storage_dtype, store, keep_mean)]
 
     def advance(nodes: _Nodes, step: int, now: float, then: float) -> _Nodes:
@@ -110,7 +123,12 @@ def rollout(
             nodes = nodes._replace(x=nodes.x.to(storage_dtype).float())
         t, t_next = (torch.full((len(nodes.x),), value, device=nodes.x.device) for value in (now, then))
         first = evaluate_stored.calls
-        v = (evaluate_stored if stochastic else evaluate)(nodes.x, t, nodes.root)
+        if stochastic:
+            v = evaluate_stored(nodes.x, t, nodes.root)
+        else:
+            v = evaluate(nodes.x, t, nodes.root, t_next if plan.solver == "average" else None)
+        if step in plan.kept:
+            nodes = nodes.keep(v)
         state = first + torch.arange(len(nodes.x), device=nodes.x.device)
         x0 = denoised(nodes.x, v, t)
         keep = prune(step, x0, nodes.root, nodes.member) if prune is not None else None
@@ -144,13 +162,14 @@ def rollout(
 class _Counted:
     """The velocity in fp32, evaluated in slices, with the number of samples that went through it."""
 
-    def __init__(self, velocity: Velocity, prompt: Tensor, micro_batch: int | None) -> None:
+    def __init__(self, velocity: Velocity | MeanVelocity, prompt: Tensor, micro_batch: int | None) -> None:
         self.velocity, self.prompt, self.micro_batch, self.calls = velocity, prompt, micro_batch, 0
 
-    def __call__(self, x: Tensor, t: Tensor, root: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, root: Tensor, t_next: Tensor | None = None) -> Tensor:
         self.calls += len(x)
         size = self.micro_batch or max(len(x), 1)
-        parts = zip(*(torch.split(whole, size) for whole in (x, t, self.prompt[root])), strict=True)
+        asked = (x, t, self.prompt[root], *([] if t_next is None else [t_next]))
+        parts = zip(*(torch.split(whole, size) for whole in asked), strict=True)
         v = torch.cat([self.velocity(*part).float() for part in parts])
         if v.shape != x.shape:
             raise ValueError(f"velocity returned {tuple(v.shape)} for a state of {tuple(x.shape)}; shapes must agree.")
@@ -192,9 +211,9 @@ def _together(ends: list[_Nodes], plan: Plan) -> _Nodes:
     """The finished samples of all tails, in the order of root and member."""
     if len(ends) == 1:
         return ends[0]
-    x, root, member = (torch.cat([getattr(end, name) for end in ends]) for name in ("x", "root", "member"))
-    order = (root * plan.leaves_per_root + member).argsort()
-    return _Nodes(x[order], root[order], member[order], None)
+    parts = zip(*(end[:4] for end in ends), strict=True)
+    whole = _Nodes(*(torch.cat(tensors) for tensors in parts))  # type: ignore[arg-type]
+    return whole.take((whole.root * plan.leaves_per_root + whole.member).argsort())
 
 
 def _no_edges(x: Tensor, dtype: torch.dtype, device: torch.device | str | None, keep_mean: bool) -> _Edges:
@@ -271,6 +290,7 @@ def _table(
         group=group[nodes.root],
         leaf_prompt=prompt[nodes.root],
         mean=joined.mean if keep_mean else None,
+        visited=nodes.visited if plan.kept else None,
         calls=calls,
     ).to(store or device)
     return table if bool(table.leaves.any(1).all()) else table.select(table.leaves.any(1))

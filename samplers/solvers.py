@@ -10,7 +10,8 @@ from samplers.prediction import denoised, rows
 
 __all__ = ["SOLVERS", "Solver", "dpmpp_2m", "euler", "heun"]
 
-Solver = Literal["euler", "heun", "dpmpp_2m"]
+Solver = Literal["euler", "heun", "dpmpp_2m", "average"]
+"""`average` is an Euler step along the mean velocity of the step, which only a model with two times can tell."""
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 
 

@@ -51,6 +51,9 @@ class Trajectory:
     """[B] int64 prompt index of each finished sample."""
     mean: Tensor | None = None
     """[E, *L] fp32 mean of the step under the policy that made the rollout, where it was asked for."""
+    visited: Tensor | None = None
+    """[B, S, 2, *L] fp32: each sample's states at the beginning of the plan's ``kept`` steps, and the velocities there;
+    None where the plan keeps none."""
     calls: int = 0
     """Velocity evaluations (samples through the network) that the rollout cost."""
 
@@ -69,12 +72,13 @@ class Trajectory:
 
     def keep_leaves(self, mask: Tensor) -> "Trajectory":
         """Prune: keep the leaves of a bool mask [B] and drop the edges that lead to none of them."""
-        kept = replace(self, leaves=self.leaves[:, mask], **{name: getattr(self, name)[mask] for name in _LEAF_FIELDS})
+        chosen = {name: getattr(self, name)[mask] for name in self._leaf_fields}
+        kept = replace(self, leaves=self.leaves[:, mask], **chosen)
         return kept.select(kept.leaves.any(1))
 
     def reorder_leaves(self, order: Tensor) -> "Trajectory":
         """The same samples in another order [B]."""
-        return replace(self, leaves=self.leaves[:, order], **{n: getattr(self, n)[order] for n in _LEAF_FIELDS})
+        return replace(self, leaves=self.leaves[:, order], **{n: getattr(self, n)[order] for n in self._leaf_fields})
 
     def minibatches(
         self, *, size: int | None = None, count: int | None = None, generator: torch.Generator | None = None
@@ -85,7 +89,8 @@ class Trajectory:
 
     def to(self, device: torch.device | str) -> "Trajectory":
         """The same table on another device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in (*self._edge_fields, *_LEAF_FIELDS)})
+        names = (*self._edge_fields, *self._leaf_fields)
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     @staticmethod
     def finished(x0: Tensor, *, group: Tensor, leaf_prompt: Tensor) -> "Trajectory":
@@ -102,10 +107,14 @@ class Trajectory:
     def _edge_fields(self) -> tuple[str, ...]:
         return _EDGE_FIELDS if self.mean is None else (*_EDGE_FIELDS, "mean")
 
+    @property
+    def _leaf_fields(self) -> tuple[str, ...]:
+        return _LEAF_FIELDS if self.visited is None else (*_LEAF_FIELDS, "visited")
+
     @staticmethod
     def cat(parts: Sequence["Trajectory"]) -> "Trajectory":
         """Put rollouts under each other; leaves become block-diagonal, prompt and group numbers stay as they are."""
-        names = [name for name in (*parts[0]._edge_fields, *_LEAF_FIELDS) if name != "leaves"]
+        names = [name for name in (*parts[0]._edge_fields, *parts[0]._leaf_fields) if name != "leaves"]
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
         leaves = torch.zeros(
             len(joined["logprob"]), len(joined["x0"]), dtype=torch.bool, device=joined["logprob"].device
@@ -120,7 +129,7 @@ class Trajectory:
 
 
 _LEAF_FIELDS = ("x0", "group", "leaf_prompt")
-_EDGE_FIELDS = tuple(f.name for f in fields(Trajectory) if f.name not in (*_LEAF_FIELDS, "mean", "calls"))
+_EDGE_FIELDS = tuple(f.name for f in fields(Trajectory) if f.name not in (*_LEAF_FIELDS, "mean", "visited", "calls"))
 
 
 def minibatch_indices(

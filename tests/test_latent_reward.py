@@ -370,7 +370,8 @@ def test_the_commands_train_it_and_guide_with_it(command, config_file, tiny_mode
     plain = drawn()
     assert drawn("--guide", f"{folder}=0") == plain
     guided = drawn("--guide", f"{folder}=400")
-    assert guided not in (plain, drawn("--guide", f"{folder}=400", "--guide-range", 0, 0.5))
+    others = [drawn("--guide", f"{folder}=400", *o) for o in (("--guide-range", 0, 0.5), ("--guide-cap", 0.01))]
+    assert guided not in (plain, *others)
     assert drawn("--guide", f"{folder}=200", "--guide", f"{folder}=-200") == plain
 
     assert command("train", config, "iterations=1")[0] == 0

@@ -484,6 +484,110 @@ def test_states_that_do_not_fit_are_refused(make):
     assert all(torch.equal(before[n], t) for n, t in untouched.state_dict().items())
 
 
+# -------------------------------------------------------------------------------------------------- the old policy
+
+
+@both_kinds
+def test_the_old_policy_is_the_trained_one_until_a_step_and_follows_it_by_its_decay(make, kind):
+    policy = make(kind, old=True)
+    base = velocity(policy)
+    assert policy.old_is_current
+    train(policy)
+    trained, weights = velocity(policy), policy.state_dict()
+    assert not policy.old_is_current
+    with policy.old():
+        assert torch.equal(velocity(policy), base)
+    assert torch.equal(velocity(policy), trained)
+    assert all(torch.equal(weights[n], t) for n, t in policy.state_dict().items())
+    policy.follow(0.75)
+    assert not policy.old_is_current
+    moved = policy.state_dict()
+    for name in [n for n in weights if n.startswith("weights.")]:
+        old = "old." + name.removeprefix("weights.")
+        torch.testing.assert_close(moved[old], 0.75 * weights[old] + 0.25 * weights[name], rtol=1e-6, atol=1e-7)
+    policy.follow(1.0)
+    assert all(torch.equal(moved[n], t) for n, t in policy.state_dict().items() if n != "old.count")
+    policy.follow(0.0)
+    assert policy.old_is_current
+    with policy.old():
+        assert torch.equal(velocity(policy), trained)
+
+
+def test_the_old_policys_calls_are_counted_apart(make):
+    policy = make(old=True)
+    with policy.old():
+        velocity(policy)
+    train(policy)
+    with policy.role("rollout"), policy.old():
+        velocity(policy)
+    assert policy.calls == {"old": 4, "train": 2}
+
+
+def test_asking_the_old_policy_changes_no_gradient_but_may_not_come_between(make):
+    policy = make(old=True)
+    train(policy)
+    x, t, cond = noise(policy), torch.tensor([0.9, 0.4]), policy.encode(PROMPTS)
+
+    def gradients(before, between):
+        for p in policy.trainable_parameters():
+            p.grad = None
+        if before:
+            with torch.no_grad(), policy.old():
+                policy.velocity(x, t, cond)
+        loss = policy.velocity(x, t, cond).square().mean()
+        if between:
+            with torch.no_grad(), policy.old():
+                policy.velocity(x, t, cond)
+        loss.backward()
+        return [p.grad.clone() for p in policy.trainable_parameters() if p.grad is not None]
+
+    alone = gradients(before=False, between=False)
+    assert any(grad.abs().max() > 0 for grad in alone)
+    assert all(torch.equal(a, b) for a, b in zip(alone, gradients(before=True, between=False), strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(before=False, between=True)
+
+
+def test_without_an_old_policy_the_trained_one_stands_in(make):
+    policy = make()
+    train(policy)
+    policy.follow(0.5)
+    trained = velocity(policy)
+    with policy.old():
+        assert torch.equal(velocity(policy), trained)
+    assert policy.old_is_current and not any(n.startswith("old.") for n in policy.state_dict())
+
+
+@both_kinds
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_the_old_policy_goes_on_bit_by_bit(make, kind, decay, tmp_path):
+    policy, other = make(kind, old=True, ema_decay=0.9), make(kind, old=True, ema_decay=0.9, seed=3)
+    train(policy)
+    policy.follow(decay)
+    state = policy.state_dict()
+    save_file(state, tmp_path / "state.safetensors")
+    other.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert other.old_is_current == policy.old_is_current == (decay == 0)
+    for p in (policy, other):
+        train(p)
+        p.follow(0.3)
+    assert policy.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(t, other.state_dict()[n]) for n, t in policy.state_dict().items())
+    with policy.old(), other.old():
+        assert torch.equal(velocity(policy), velocity(other))
+
+
+def test_a_state_without_the_old_policy_is_refused_and_so_is_one_too_many(make):
+    with pytest.raises(ModelError, match="lacks weights that follow, this policy has them. Set the algorithm as in"):
+        make(old=True).load_state_dict(make().state_dict())
+    with pytest.raises(ModelError, match="has weights that follow, this policy has none"):
+        make().load_state_dict(make(old=True).state_dict())
+    policy = make(old=True)
+    train(policy)
+    with policy.old(), pytest.raises(RuntimeError, match="changed places"):
+        policy.state_dict()
+
+
 # -------------------------------------------------------------------------------------------------- export
 
 

@@ -26,18 +26,49 @@ def _decays(schedule: float | tuple[tuple[float, float], ...]) -> float | tuple[
     return schedule
 
 
+Decay = Annotated[
+    Schedule,
+    AfterValidator(_decays),
+    Field(
+        description="How slowly the policy that draws the samples follows, a number or [[iteration, value], ...]; "
+        "0: it is the trained one."
+    ),
+]
+
+
+def _shared(share: bool) -> bool:
+    if not share:
+        raise ValueError(
+            "share_draws=false gives each sample a time and a noise of its own, but this method compares the samples "
+            "of a group at the same ones; leave it out."
+        )
+    return share
+
+
+ShareDraws = Annotated[
+    bool,
+    AfterValidator(_shared),
+    Field(description="The samples of a prompt have times and noises in common, at which they are compared: true."),
+]
+DrawsPerSample = Annotated[fields.Count, Field(description="Times that each sample is noised to, an iteration.")]
+TimeSamplingName = Annotated[
+    TimeSampling,
+    Field(description="Where: at times of the rollout's own grid, uniform, or logit-normal; the latter two shifted."),
+]
+TimeRange = Annotated[
+    tuple[float, float], Field(description="Lowest and highest of these times, before the shift; 0 is clean.")
+]
+
+
 class Matching(Deterministic):
     """The forward process: at how many times a sample is trained on, and where these lie."""
 
-    draws_per_sample: Annotated[fields.Count, Field(description="Times that each sample is noised to, an iteration.")] = 4
-    time_sampling: Annotated[
-        TimeSampling,
-        Field(description="Where: at times of the rollout's own grid, uniform, or logit-normal; the latter two shifted."),
-    ] = "grid"
-    time_range: Annotated[
-        tuple[float, float], Field(description="Lowest and highest of these times, before the shift; 0 is clean.")
-    ] = (0.0, 1.0)
-    time_shift: Annotated[float, Field(description="Above 1 pushes uniform and logit-normal times to noise.", gt=0)] = 1.0
+    draws_per_sample: DrawsPerSample = 4
+    time_sampling: TimeSamplingName = "grid"
+    time_range: TimeRange = (0.0, 1.0)
+    time_shift: Annotated[float, Field(description="Above 1 pushes uniform and logit-normal times to noise.", gt=0)] = (
+        1.0
+    )
     share_draws: Annotated[bool, Field(description="The samples of a prompt have times and noises in common.")] = False
 
     @model_validator(mode="after")
@@ -74,17 +105,9 @@ class Matching(Deterministic):
         )  # fmt: skip
 
 
-class ForwardProcess(Matching):
-    """The hyperparameters of the family: the forward process, group advantages, and a policy that follows behind."""
+class GroupCredit(Deterministic):
+    """What a sample is worth: its reward against those of its prompt's group."""
 
-    decay: Annotated[
-        Schedule,
-        AfterValidator(_decays),
-        Field(
-            description="How slowly the policy that draws the samples follows, a number or [[iteration, value], ...]; "
-            "0: it is the trained one."
-        ),
-    ] = 0.0
     combine: fields.CombineHow = "sum"
     adv_std: fields.AdvStd = "group"
     adv_eps: fields.AdvEps = 1e-4
@@ -97,17 +120,13 @@ class ForwardProcess(Matching):
 
     @property
     def needs(self) -> Needs:
-        """No log-probs; the old policy, and the initial weights for a distance to them."""
-        return Needs(logprobs=False, reference=self.kl_coef > 0, old=True, scores=self.combine != "sum")
+        """No log-probs; the initial weights for a distance to them."""
+        return Needs(logprobs=False, reference=self.kl_coef > 0, scores=self.combine != "sum")
 
     def plan(self, times: Tensor, iteration: int, samples_per_prompt: int, seed: int) -> Plan:
         """The ODE; a group needs two samples to be compared."""
         check_group_size(samples_per_prompt)
         return super().plan(times, iteration, samples_per_prompt, seed)
-
-    def old_decay(self, iteration: int) -> float:
-        """`decay` after this iteration."""
-        return value_at(self.decay, iteration)
 
     def sample_advantages(self, batch: Batch) -> Advantages:
         """Advantages of the samples [B] of all processes, against those of their prompt's group."""
@@ -141,3 +160,18 @@ class ForwardProcess(Matching):
             metrics["kl"] = kl.detach().mean()
             loss = loss + (self.kl_coef if kl_weight is None else kl_weight) * kl
         return Loss(loss.mean(), metrics)
+
+
+class ForwardProcess(Matching, GroupCredit):
+    """The hyperparameters of the family: the forward process, group advantages, and a policy that follows behind."""
+
+    decay: Decay = 0.0
+
+    @property
+    def needs(self) -> Needs:
+        """No log-probs; the old policy, and the initial weights for a distance to them."""
+        return super().needs._replace(old=True)
+
+    def old_decay(self, iteration: int) -> float:
+        """`decay` after this iteration."""
+        return value_at(self.decay, iteration)

@@ -1,7 +1,7 @@
 """The forward process: finished samples are noised to a time, and the velocity there is compared with the one that was.
 
-In flow coordinates x_t = (1 - t) x0 + t eps and the velocity to match is u = eps - x0 (arXiv:2210.02747). No log-prob is
-needed, so that samples may come from any ODE solver, from disk, or from another model.
+In flow coordinates x_t = (1 - t) x0 + t eps and the velocity to match is u = eps - x0 (arXiv:2210.02747). No log-prob
+is needed, so that samples may come from any ODE solver, from disk, or from another model.
 
 Errors are means over the latent dimensions: what a coefficient multiplies does not grow with resolution. A sum over D
 dimensions, as some papers write it, is D times as large.
@@ -134,6 +134,33 @@ def every_sample(
     unit = torch.unique(key, dim=0, return_inverse=True)[1]
     device = batch.trajectory.x0.device
     return Draws(sample=sample.to(device), t=t.float().to(device), key=key.to(device), unit=unit.to(device))
+
+
+def every_pair(
+    batch: Batch, pairs: Tensor, count: int, sampling: TimeSampling, *, low: float, high: float, times: Tensor,
+    shift: float = 1.0, share: bool = False,
+) -> Draws:  # fmt: skip
+    """`count` draws of each pair [M,2] of samples of a group: two rows a draw, one unit, with one time and one noise.
+
+    The times of a pair are stratified as those of a sample in `every_sample`; with `share` all pairs of a prompt have
+    times and noises in common.
+    """
+    pairs, member = pairs.cpu(), member_of(batch)
+    place = batch.trajectory.group.cpu()[pairs[:, 0]]
+    first, second = (torch.zeros_like(place) if share else member[side] for side in pairs.T)
+    number = _FIRST + second[:, None] * count + torch.arange(count)
+    name = torch.stack([place[:, None].expand_as(number), first[:, None].expand_as(number), number], -1)
+    t = [
+        _times(count, sampling, low, high, times, shift, stable_seed(batch.seed, batch.iteration, *k, _TIMES))
+        for k in zip(place.tolist(), first.tolist(), second.tolist(), strict=True)
+    ]
+    device = batch.trajectory.x0.device
+    return Draws(
+        sample=pairs[:, None].expand(-1, count, 2).flatten().to(device),
+        t=torch.cat([torch.zeros(0), *t]).float().repeat_interleave(2).to(device),
+        key=name.flatten(0, 1).repeat_interleave(2, 0).to(device),
+        unit=torch.arange(len(pairs) * count).repeat_interleave(2).to(device),
+    )
 
 
 def grid_times(times: Tensor, low: float, high: float) -> Tensor:

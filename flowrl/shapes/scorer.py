@@ -225,8 +225,8 @@ def captions_of(network: TwoTowers) -> Captions:
     index = {text: i for i, text in enumerate(texts)}
     wrong = []
     for spec in world:
-        other = swapped(spec)
-        near = [*mistakes(spec, world)] + ([other] if other else []) * 3  # binding is what is hard
+        near = mistakes(spec, world)
+        near += [other] * len(near) if (other := swapped(spec)) else []  # half of them: binding is what is hard
         wrong.append([index[s.prompt] for s in near if s.prompt in index])
     return Captions(texts, network.tokens([f"{look} {text}" for look in TEXT_LOOKS for text in texts]), wrong)
 

@@ -9,8 +9,13 @@ import torch
 from rewards import RewardHub, Scores, available, build, traits_of
 from rewards.resolve import resolve
 from tests.rewards.makers import noise, text
+from tests.rewards.test_reward_suder import build_blip
 
 PROMPTS = ["a red circle", 'a sign that says "hello"', "two squares", "a star above a blue triangle", "anything else"]
+
+
+MODELS = {"suder": build_blip}
+"""What makes a tiny model for a reward that cannot do without one, in a folder."""
 
 
 def samples_for(traits, count):
@@ -42,9 +47,9 @@ def name(request):
 
 
 @pytest.fixture(scope="module")
-def reward(name):
-    """The reward, built without options; the hub loads it."""
-    return build(name)
+def reward(name, tmp_path_factory):
+    """The reward, built without options but for a model that it needs; the hub loads it."""
+    return build(name, {"model": MODELS[name](tmp_path_factory.mktemp(name))} if name in MODELS else {})
 
 
 @pytest.fixture(scope="module")

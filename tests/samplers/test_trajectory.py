@@ -13,7 +13,7 @@ def tree(seed=0):
     """Two roots, two leaves after step 0, four after step 2; T = 4 with the last step ODE."""
     roots = torch.arange(2)
     noise = noise_source((3,), seed=seed, iteration=0, prompt=roots)
-    plan = branch_at(linear_times(4), [0, 2])
+    plan = branch_at(linear_times(4), [0, 2]).with_kept([1, 3])
     x = noise(roots, roots * 0, -1)
     return rollout(ToyNet((3,)), x, plan, dance_sde, eta=0.5, prompt=roots + 10, group=roots, noise=noise)
 

@@ -21,6 +21,9 @@ CARD = "benchmark.json"
 STRICT, STRICTER = "shapes.strict", "shapes.stricter"
 FIDELITY, PLACEMENT, COLOR = "fidelity", "diversity/placement", "diversity/color"
 
+ROUTES = ("shapes_clip",)
+"""Rewards that methods with direct gradients are trained on."""
+
 MARKED_BELOW = 10.0
 """Percentage points of gain under which a method is marked: it has hardly learnt at this budget."""
 
@@ -270,9 +273,33 @@ def render(found: Table) -> str:
     if any(row.marked for row in rows):
         lines += [f"† gained less than {MARKED_BELOW:g} points.", ""]
     lines += [f"Note: {note}" for note in found.notes] + ([""] if found.notes else [])
-    lines += ["![Scores, fidelity and diversity against calls and seconds](learning.png)", "", "Made by", ""]
+    lines += ["![Scores, fidelity and diversity against calls and seconds](learning.png)", ""]
+    lines += _of_other_rewards(rows)
+    lines += ["Made by", ""]
     lines += ["```bash", *_commands(found), "```", "", _circumstances(rows), ""]
     return "\n".join(lines)
+
+
+def _of_other_rewards(rows: Sequence[Row]) -> list[str]:
+    """What was trained on beside what was not, at every evaluation, where a run had a reward other than the checker."""
+    trained = {row.method: [n for n in row.evaluations[0].values if n in ROUTES] for row in rows}
+    shown = [row for row in rows if trained[row.method]]
+    if not shown:
+        return []
+    lines = [
+        "## Trained reward and checker", "",
+        "These methods ascend a differentiable reward and never see the checker. Where the first rises while the second",
+        "falls, the reward is being hacked. Each number is one evaluation, from the base model to the end.", "",
+        _line(["method", "calls", "reward", "trained reward", "strict %"]), _line(["---", "---:", "---", "---", "---"]),
+    ]  # fmt: skip
+    for row in shown:
+        for name in trained[row.method]:
+            lines.append(_line([
+                row.method, f"{row.calls:,}", f"`{name}`",
+                " → ".join(_fixed(point.mean(name), 2) for point in row.evaluations),
+                " → ".join(_fixed(_percent(point.mean(STRICT)), 1) for point in row.evaluations),
+            ]))  # fmt: skip
+    return [*lines, ""]
 
 
 def _base_cells(row: Row) -> list[str]:
@@ -295,12 +322,14 @@ def _cells(row: Row) -> list[str]:
 
 
 def _commands(found: Table) -> list[str]:
-    cards = [row.card for row in found.rows]
-    asked = {
-        f"--configs {Path(card.config).parent.as_posix()} --budget {card.budget} --seed {card.seed} --jobs {card.jobs}"
-        for card in cards
-    }
-    made = [f"python -m benchmarks.learning run {options}" for options in sorted(asked)]
+    asked: dict[str, list[str]] = {}
+    for row in sorted(found.rows, key=lambda row: row.method):
+        card = row.card
+        options = f"--configs {Path(card.config).parent.as_posix()} --budget {card.budget} --seed {card.seed}"
+        asked.setdefault(f"{options} --jobs {card.jobs}", []).append(row.method)
+    # With one budget for all, a folder's name says which they are.
+    only = {options: f" --only {' '.join(names)}" if len(asked) > 1 else "" for options, names in asked.items()}
+    made = [f"python -m benchmarks.learning run {options}{only[options]}" for options in sorted(asked)]
     return [*made, f"python -m benchmarks.learning report --reference {found.reference}"]
 
 

@@ -199,6 +199,21 @@ def shapes_pretrain(
     console.print(f"wrote {output}; try: flowrl sample --model {output} 'a red circle'")
 
 
+@shapes_app.command("meanflow")
+def shapes_meanflow(
+    output: Annotated[Path, typer.Option(help="Folder of the finished model; run again to continue after a stop.")],
+    seed: int = 0,
+    steps: Annotated[int | None, typer.Option(help="Training steps; default as for the shipped weights.")] = None,
+    trajectories: Annotated[int | None, typer.Option(help="Walks of the base model to learn from.")] = None,
+) -> None:
+    """Distil the built-in base model into a few-step generator (minutes on one CPU core); resumable."""
+    from flowrl.shapes.meanflow import Recipe, train_meanflow
+
+    given = {"steps": steps, "trajectories": trajectories}
+    train_meanflow(output, Recipe(seed=seed, **{k: v for k, v in given.items() if v is not None}))
+    console.print(f"wrote {output}; in a config: model: {{path: {output}, family: meanflow}}")
+
+
 @shapes_app.command("train-scorer")
 def shapes_train_scorer(
     output: Annotated[Path, typer.Option(help="Folder of the finished weights; run again to continue after a stop.")],

@@ -499,15 +499,24 @@ def _deep_problems(config: Config) -> Iterator[tuple[Key, str]]:
     import torch
 
     from flowrl.data import DataError, PromptSampler, load_prompts
+    from rewards import RewardHub
     from rewards.entries import read_entries
     from rewards.types import RewardError
 
+    sound = True
     for index, entry in enumerate(config.rewards):
         try:
             # Weight 1 and the CPU: a reward that is only logged, or a GPU that is elsewhere, is no problem.
             read_entries([{**entry.entry(), "weight": 1.0, "device": "cpu"}], torch.device("cpu"))
         except RewardError as error:
+            sound = False
             yield ("rewards", index), str(error)
+    if sound and config.algorithm.build().needs.gradient:
+        try:
+            with RewardHub([entry.entry() | {"device": "cpu"} for entry in config.rewards], device="cpu") as hub:
+                hub.check_differentiable()
+        except RewardError as error:
+            yield ("rewards",), str(error)
     try:
         prompts = load_prompts(config.data.prompts)
         data = config.data

@@ -257,7 +257,7 @@ class Policy:
             if self.lora is not None:
                 _save_lora(model.pipe, self._module, model.component, target)
             else:
-                _save_component(self._module, target / model.component)
+                save_component(self._module, target / model.component)
         call = model.arguments(**{"guidance_scale": self.guidance, **(inference or {})})
         (target / INFERENCE).write_text(json.dumps(call, indent=2) + "\n")
         # A model that no pipeline of diffusers can walk says itself how it is used.
@@ -433,7 +433,8 @@ def _save_lora(pipe: Any, module: Any, component: str, folder: Path) -> None:
     )
 
 
-def _save_component(module: Any, folder: Path) -> None:
+def save_component(module: Any, folder: Path) -> None:
+    """Writes a diffusers module, without the path of the machine that it came from."""
     module.save_pretrained(folder, safe_serialization=True)
     config = folder / "config.json"
     content = json.loads(config.read_text())

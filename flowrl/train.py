@@ -109,6 +109,9 @@ class Trainer:
         }
         """What must be the same when the run is resumed."""
         self.hub = RewardHub([entry.entry() for entry in config.rewards], device=self.engine.device, max_nan_frac=None)
+        needs = self.algorithm.needs
+        if needs.gradient:
+            self.hub.check_differentiable()
         self.watches = {
             name: NanWatch(name=name, max_nan_frac=data.max_no_verdict, key="data.max_no_verdict")
             for name, rule in self.hub.rules.items()
@@ -116,7 +119,6 @@ class Trainer:
         }
         self.measures = [resolve(name, "flowrl.shapes") for name in data.evaluation.measures]
         state = self._resumable() if resume else None
-        needs = self.algorithm.needs
         self.policy = self._build_policy()
         self.geometry = geometry_of(config, self.policy.model)
         self.stored = StoredSamples(policy=self.policy, geometry=self.geometry) if data.samples == "stored" else None

@@ -10,10 +10,12 @@ from tests import runs
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    """A folder with a whole random SD3 pipeline: two CLIPs, no T5, 32 x 32 pixels."""
+    """A folder with a whole random SD3 pipeline: two CLIPs, no T5, 32 x 32 pixels; and a two-time network of it."""
+    from flowrl.models import load
     from tests.models.tiny import build_sd3
 
     folder = build_sd3(tmp_path_factory.mktemp("model") / "tiny", t5=False)
+    load(folder, family="meanflow", fresh=True).trainable.save_pretrained(folder / "meanflow")
     settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 0, "height": 32, "width": 32}
     (folder / "inference.json").write_text(json.dumps(settings))
     return folder

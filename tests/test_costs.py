@@ -121,11 +121,12 @@ SHAPES = sorted(path for path in (ROOT / "configs" / "shapes").glob("*.yaml") if
 def test_every_method_costs_what_is_announced(trainer, path, update):
     """In the second iteration, where windows have moved; two prompts of sixteen samples suit every tree and tail."""
     algorithm = {**parse_yaml((ROOT / "configs/shapes/base.yaml").read_text(), "base").values["algorithm"]}
-    given = parse_yaml(path.read_text(), path.name).values["algorithm"]
+    child = parse_yaml(path.read_text(), path.name).values
+    given, family = child["algorithm"], child.get("model", {}).get("family")
     section = {**algorithm, **given} if given["name"] == algorithm["name"] else given
     run = trainer({
         "algorithm": section, "data.prompts_per_iteration": 2, "data.samples_per_prompt": 16,
-        "optimizer.update": update,
+        "optimizer.update": update, "model.family": family,
     })  # fmt: skip
     plans = plans_of(run.algorithm, run._times(), 1, 16, run.config.seed)
     expected = expected_cost(run.config, run.algorithm, plans, 1)

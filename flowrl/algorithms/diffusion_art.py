@@ -13,52 +13,58 @@ covariance; and x0 = x_t - t v turns a change of x0 into one of v, divided by -t
 """
 
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from flowrl.algorithms import fields
 from flowrl.algorithms.advantages import Advantages, win_rates
-from flowrl.algorithms.forward_process import GroupCredit
+from flowrl.algorithms.forward_process import GroupCredit, TimeRange
 from flowrl.algorithms.matching import Velocities, mean_square
 from flowrl.algorithms.schedule import AlgorithmError
 from flowrl.types import Batch, Draws, Loss, Needs, Policy
-from samplers import Plan, denoised, rows, stable_seed
+from samplers import Plan, rows, stable_seed
 
 _STEPS = -7
 
 
 class DiffusionART(GroupCredit):
-    """Diffusion-ART (arXiv:2610.12572): mean |v - v*|^2 at states that ODE rollouts visited, v* tilted and frozen."""
+    """Diffusion-ART (arXiv:2610.12572): mean |v - v*|^2 at states that ODE rollouts visited, v* tilted and frozen.
+
+    The rollout keeps those states and its own velocities there: 2 latents a state, and no call of the old policy.
+    Note: derived from the paper's idea, not from its code. Ours are: a covariance of the advantages; the factor that
+    takes it from t = 1 to x_t (`direction`), exact for Gaussian data, where the sum over the group ignores x_t; weights
+    with a temperature instead; steps drawn anew in each iteration, equal for all prompts.
+    """
 
     draws_per_sample: Annotated[
         fields.Count, Field(description="States of each sample's way that are trained on, at steps drawn anew.")
     ] = 4
-    time_range: Annotated[
-        tuple[float, float], Field(description="Lowest and highest time of these states; 0 is clean.")
-    ] = (0.0, 1.0)
+    time_range: TimeRange = (0.0, 1.0)
     feedback: Annotated[
         Literal["reward", "pairwise"],
-        Field(description="The reward itself, or how much of its group a sample beats (1, 0, a tie 0.5)."),
+        Field(description="The reward itself, or the share of its group that a sample beats (1, 0, a tie 0.5)."),
     ] = "reward"
-    strength: Annotated[float, Field(description="1 / tau: how far the target is tilted.", gt=0)] = 1.0
+    strength: Annotated[float, Field(description="1 / tau: how far the target is tilted, in advantages.", gt=0)] = 1.0
     temperature: Annotated[
         float | None,
-        Field(description="w", gt=0),
+        Field(
+            description="Softens how probable it is that a state came from each sample; 1 is exact, but in many "
+            "dimensions one sample then has all the weight. null: equal weights, one direction for a prompt.",
+            gt=0,
+        ),
     ] = None
-    centre: Literal["group", "model"] = "group"
 
     @property
     def needs(self) -> Needs:
-        """No log-probs and no old policy, whose velocities the rollout kept."""
+        """No log-probs and no old policy: the rollout keeps what it says."""
         return super().needs._replace(on_policy=True)
 
     def plan(self, times: Tensor, iteration: int, samples_per_prompt: int, seed: int) -> Plan:
-        """The ODE, which keeps the states of the steps that this iteration trains on."""
+        """The ODE, which keeps the states of the steps that this iteration trains on; AlgorithmError for too few."""
         plan = super().plan(times, iteration, samples_per_prompt, seed)
-        assert isinstance(plan, Plan)
         low, high = self.time_range
         inside = [step for step, t in enumerate(plan.times[:-1]) if low <= t <= high]
         if len(inside) < self.draws_per_sample:
@@ -79,7 +85,8 @@ class DiffusionART(GroupCredit):
         return Draws(sample=sample, t=plan.grid(group.device)[step], key=key, unit=unit)
 
     def sample_advantages(self, batch: Batch) -> Advantages:
-        """Advantages of the samples [B]; pairwise, those of their win rates in the group."""
+        """Advantages of the samples [B] of all processes; with pairwise feedback those of their win rates."""
+        assert batch.rewards is not None
         if self.feedback == "pairwise":
             group = batch.trajectory.group
             rates = {name: win_rates(score, group).value for name, score in batch.scores.items()}
@@ -87,39 +94,41 @@ class DiffusionART(GroupCredit):
         return super().sample_advantages(batch)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        """The loss of the rows, mean (v - v*)^2, and how far v* is from v_old (rms) as `tilt`."""
+        """The loss of the rows, mean (v - v*)^2; `tilt` is how far v* is from v_old, root mean square."""
         draws, trajectory = batch.draws, batch.trajectory
         assert draws is not None and trajectory.visited is not None and batch.advantages is not None
         kept = torch.tensor(batch.plans[0].kept, device=draws.key.device)
         x, v_old = trajectory.visited[draws.sample, torch.searchsorted(kept, draws.key[:, 2].contiguous())].unbind(1)
-        x0, t = trajectory.x0[draws.sample], draws.t
-        g = torch.empty_like(x)
-        for unit in draws.unit.unique():
+        x0, t, g = trajectory.x0[draws.sample], draws.t, torch.empty_like(x)
+        for unit in torch.bincount(draws.unit).nonzero().flatten():
             mine = draws.unit == unit
-            estimate = denoised(x, v_old, t)[mine] if self.centre == "model" else None
-            g[mine] = direction(x[mine], t[mine], x0[mine], batch.advantages[mine], self.temperature, estimate)
+            g[mine] = direction(x[mine], t[mine], x0[mine], batch.advantages[mine], self.temperature)
         tilt = -self.strength / rows(t, x) * g
         cond = batch.cond_at(batch.leaf_prompt[draws.sample])
-        reference = None
+        initial = None
         if self.kl_coef > 0:
             with torch.no_grad(), policy.reference():
-                reference = policy.velocity(x, t, cond).float()
-        v = Velocities(policy.velocity(x, t, cond).float(), v_old, reference)
+                initial = policy.velocity(x, t, cond).float()
+        v = Velocities(policy.velocity(x, t, cond).float(), v_old, initial)
         found = self.total(mean_square(v.current - v_old - tilt), v, batch)
         return found._replace(metrics={**found.metrics, "tilt": mean_square(tilt).mean().sqrt()})
 
 
-def direction(
-    x: Tensor, t: Tensor, x0: Tensor, advantages: Tensor, temperature: float | None, estimate: Tensor | None
-) -> Tensor:
-    """Cov(A, x0 | x_t) [K,*L]"""
-    flat, data, a = x.flatten(1), x0.flatten(1), advantages
-    s2 = data.var(0, correction=0).mean().clamp(min=1e-6)
-    d = ((flat[:, None] - (1 - t)[:,None,None] * data[None]).square().sum(2))
-    T = temperature if temperature is not None else float("inf")
-    w = torch.softmax(-d / (2 * t[:,None]**2 * T), 1)
-    c = w @ data if estimate is None else estimate.flatten(1)
-    g = (w * a) @ data - (w @ a)[:, None] * c
-    wide = (1 - t) ** 2 * s2
-    shrink = t**2 / (wide + t**2) if temperature is None else (wide / T + t**2) / (wide + t**2)
-    return (g * shrink[:,None]).view_as(x)
+def direction(x: Tensor, t: Tensor, x0: Tensor, advantages: Tensor, temperature: float | None) -> Tensor:
+    """Cov(A, x0 given x_t) [N,*L] at states x [N,*L] and times t [N], from a group's samples x0 [K,*L] and A [K].
+
+    State i weighs sample j by N(x_i; (1 - t) x0_j, t^2)^(1/T), normalised over j; without a temperature T equally. For
+    T > 1 that covariance is too wide, by the factor (a + t^2) / (a / T + t^2), a = (1 - t)^2 s^2, if the samples are
+    Gaussian with variance s^2 (their own, mean over the dimensions) and A is linear: it is divided out. Equal weights
+    then give t^2 / (a + t^2) times the covariance of the group, a factor that is 1 at t = 1 and falls with the noise.
+    """
+    state, sample, now = x.flatten(1), x0.flatten(1), t[:, None]
+    signal = (1 - now).square() * sample.var(0, correction=0).mean()
+    if temperature is None:
+        covariance, sharpness = (advantages - advantages.mean()) @ sample / len(sample), 0.0
+    else:
+        away = (state[:, None] - (1 - now)[:, None] * sample).square().sum(2)
+        weight, sharpness = (-away / (2 * now.square() * temperature)).softmax(1), 1 / temperature
+        covariance = (weight * advantages) @ sample - (weight @ advantages)[:, None] * (weight @ sample)
+    narrower = (signal * sharpness + now.square()) / (signal + now.square())
+    return (narrower * covariance).view_as(x)

@@ -13,8 +13,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from flowrl.algorithms.matching import TimeSampling
-from flowrl.algorithms.preference import Preference
+from flowrl.algorithms.preference import Preference, TimeSamplingName
 
 
 class DiffusionDPO(Preference):
@@ -28,12 +27,7 @@ class DiffusionDPO(Preference):
     Note: latents are encoded once for both sides; the official code draws each from the encoder's posterior.
     """
 
-    time_sampling: Annotated[
-        TimeSampling,
-        Field(
-            description="Where: at times of the rollout's own grid, uniform, or logit-normal; the latter two shifted."
-        ),
-    ] = "uniform"
+    time_sampling: TimeSamplingName = "uniform"
     beta: Annotated[float, Field(description="Strength of a pair, on the mean squared error of the noise.", gt=0)] = (
         5000.0
     )

@@ -41,16 +41,7 @@ class DiffusionNFT(ForwardProcess):
         assert v.old is not None
         share = (batch.advantages / (2 * self.adv_clip) + 0.5).clamp(0, 1)
         loss = self.adv_clip * branches(v.current, v.old, at.target, at.t, share, self.beta)
-        metrics = {
-            "policy_loss": loss.detach().mean(),
-            "old_distance": mean_square(v.current.detach() - v.old).mean(),
-            "adv_abs": batch.advantages.abs().mean(),
-        }
-        if v.reference is not None:
-            kl = mean_square(v.current - v.reference)
-            metrics["kl"] = kl.detach().mean()
-            loss = loss + self.kl_coef * kl
-        return Loss(loss.mean(), metrics)
+        return self.total(loss, v, batch)
 
 
 def branches(v: Tensor, v_old: Tensor, target: Tensor, t: Tensor, share: Tensor, beta: float) -> Tensor:

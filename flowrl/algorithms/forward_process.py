@@ -162,15 +162,40 @@ class GroupCredit(Deterministic):
         return Loss(loss.mean(), metrics)
 
 
+def _probabilities(schedule: float | tuple[tuple[float, float], ...]) -> float | tuple[tuple[float, float], ...]:
+    if not all(0 <= value <= 1 for value in values(schedule)):
+        raise ValueError(f"a probability lies in [0, 1], got {schedule}.")
+    return schedule
+
+
 class ForwardProcess(Matching, GroupCredit):
-    """The hyperparameters of the family: the forward process, group advantages, and a policy that follows behind."""
+    """The hyperparameters of the family: the forward process, group advantages, and a policy that follows behind.
+
+    With `inject` stored samples stand among a prompt's own, the curriculum of Pair-GRPO (FocusDiff, arXiv:2506.05501):
+    prompts that differ in a word come together (`data.together`) and are one group, each with its true picture and, as
+    a bad example, its twin's; its pi(n) is [[50, 1], [450, 0.25], [1200, 0]].
+    Note: the paper trains an autoregressive generator, where an injected picture gets a log-prob and a ratio of 1. No
+    trajectory of a flow led to it, so that only a loss on finished samples can take it.
+    """
 
     decay: Decay = 0.0
+    inject: Annotated[
+        Schedule,
+        AfterValidator(_probabilities),
+        Field(
+            description="Probability that a prompt's two stored pictures stand among its samples, a number or "
+            "[[iteration, value], ...]; 0: never."
+        ),
+    ] = 0.0
 
     @property
     def needs(self) -> Needs:
-        """No log-probs; the old policy, and the initial weights for a distance to them."""
-        return super().needs._replace(old=True)
+        """No log-probs; the old policy, the initial weights for a distance to them, stored samples to inject."""
+        return super().needs._replace(old=True, stored=2 if max(values(self.inject)) > 0 else 0)
+
+    def injection(self, iteration: int) -> float:
+        """`inject` at this iteration."""
+        return value_at(self.inject, iteration)
 
     def old_decay(self, iteration: int) -> float:
         """`decay` after this iteration."""

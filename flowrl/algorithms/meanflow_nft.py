@@ -47,7 +47,15 @@ class MeanFlowNFT(GroupCredit):
     ] = 0.5
     to_end: Annotated[float, Field(description="Share of the draws with r = 0.", ge=0, le=1)] = 0.25
     time_shift: Annotated[float, Field(description="Above 1 pushes both times to noise.", gt=0)] = 1.0
-    probe: Annotated[float, Field(description="e, half the span of the central difference in t.", gt=0, le=0.1)] = 0.005
+    probe: Annotated[
+        float,
+        Field(
+            description="e, half the span of the central difference in t; in bfloat16 its rounding is as large as what "
+            "it measures, so keep model.dtype=float32.",
+            gt=0,
+            le=0.1,
+        ),
+    ] = 0.005
     decay: Decay = ((0.0, 0.0), (500.0, 0.5))
     beta: Annotated[
         float, Field(description="Part of the step from V_old to V in v+; the smaller, the larger the moves.", gt=0)
@@ -112,8 +120,8 @@ def drift(policy: Policy, at: Noised, r: Tensor, probe: float) -> Tensor:
     x, t, d = at.x[apart], at.t[apart], at.target[apart]
     cond = {name: tensor[apart.to(tensor.device)] for name, tensor in at.cond.items()}
     with policy.old():
-        ahead, behind = (policy.velocity(x + e * d, t + e, cond).float() for e in (probe, -probe))
-    found[apart] = (ahead - behind) / (2 * probe)
+        ahead, behind = (policy.velocity(x + e * d, t + e, cond) for e in (probe, -probe))
+    found[apart] = ((ahead - behind) / (2 * probe)).to(found)
     return found
 
 

@@ -32,7 +32,8 @@ from flowrl.types import Batch, Draws, Loss, Needs, Policy
 from samplers import Plan, stable_seed
 
 TimeSamplingName = Annotated[
-    TimeSampling, Field(description="Where: at times of the rollout's own grid, uniform, or logit-normal.")
+    TimeSampling,
+    Field(description="Where: at times of the rollout's own grid, uniform, or logit-normal (shifted, these two)."),
 ]
 _PAIRS = -6
 

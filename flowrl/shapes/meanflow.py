@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from flowrl.models.meanflow import FOLDER
 from flowrl.models.pipeline import load, resolve
+from flowrl.policy import save_component
 from flowrl.shapes.pretrain import Stage
 from flowrl.shapes.scenes import prompts
 from samplers import keyed_noise, stable_seed
@@ -38,10 +39,10 @@ class Recipe:
     """All numbers of a run. The defaults made the weights that flowrl ships."""
 
     seed: int = 0
-    trajectories: int = 2_048
+    trajectories: int = 3_072
     times: int = 16
     """Steps of the teacher (DPM-Solver++), at one random time in each of as many equal parts of [0, 1]."""
-    steps: int = 600
+    steps: int = 1_200
     batch: int = 64
     same_time: float = 0.25
     """Share of rows with r = t."""
@@ -59,6 +60,7 @@ def trajectories(recipe: Recipe, teacher: Any, size: int = 64) -> dict[str, Tens
     everything = [spec.prompt for spec in prompts("train")]
     shape = teacher.noise_shape(teacher.height, teacher.width)
     parts: dict[str, list[Tensor]] = {name: [] for name in ("x", "v", "t", "prompt")}
+    size = min(size, recipe.trajectories)
     for start in range(0, recipe.trajectories, size):
         generator = torch.Generator().manual_seed(stable_seed(recipe.seed, start))
         prompt = torch.randint(len(everything), (size,), generator=generator)
@@ -124,7 +126,7 @@ def train_meanflow(output: Path, recipe: Recipe = Recipe(), base: str = "shapes"
     stage.finish()
     without = shutil.ignore_patterns("README.md", RECIPE, FOLDER)
     shutil.copytree(resolve(base), output, dirs_exist_ok=True, ignore=without)
-    network.to(torch.float16).save_pretrained(output / FOLDER, safe_serialization=True)
+    save_component(network.to(torch.float16), output / FOLDER)
     (output / FOLDER / RECIPE).write_text(json.dumps(asdict(recipe), indent=2) + "\n")
     shutil.rmtree(work)
     return output

@@ -32,7 +32,7 @@ from rewards.shapes_clip import CONTROLS, WORDS, ShapesClip, TwoTowers
 TEXT_LOOKS = ("", *CONTROLS)  # what may stand before a caption
 LOOKS = ("clean", "light", *CONTROLS[1:])  # what may be done to a picture
 _LOOK_WEIGHTS = (0.5, 0.14, 0.09, 0.09, 0.09, 0.09)
-_MIX = {"single": 1, "two": 2, "counting": 2, "colors": 1, "position": 4, "attribution": 4}
+_MIX = {"single": 1, "two": 2, "counting": 3, "colors": 1, "position": 4, "attribution": 4}
 TRUE, UNSURE, FALSE = 1, 0, -1
 _LOG_SCALE_MAX = math.log(100.0)  # as CLIP
 
@@ -42,7 +42,7 @@ class Recipe:
     """All numbers of a training run. The defaults made the weights that are shipped."""
 
     seed: int = 0
-    steps: int = 2_400
+    steps: int = 1_600
     batch: int = 64
     pool: int = 24_000
     """Scenes rendered once and drawn from ever after."""

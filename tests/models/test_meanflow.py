@@ -13,6 +13,7 @@ from flowrl.models import ModelError, families, load
 from flowrl.policy import Policy, load_weights
 from flowrl.types import T_NEXT, Model, Prompt
 from samplers import deterministic, noise_source
+from tests import runs
 
 PROMPTS = ["a cat", "two dogs in a box"]
 T, R = torch.tensor([0.9, 0.4]), torch.tensor([0.3, 0.0])
@@ -196,3 +197,27 @@ def test_a_network_without_the_embedding_is_refused(folder, tiny_sd3, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="2 weights are missing or differ.*elapsed_embed"):
         load(tmp_path / "broken", family="meanflow")
+
+
+def test_a_run_trains_evaluates_goes_on_and_is_sampled(trainer, tmp_path):
+    """From the config's `model.family` to a picture of the exported weights; a resumed run is the same run."""
+    from flowrl.standalone import sample_grid
+
+    algorithm = {"name": "meanflow_nft", "num_steps": 2, "draws_per_sample": 2, "decay": 0.5}
+    changes = {"model.family": "meanflow", "algorithm": algorithm, "iterations": 2}
+    whole = trainer(changes, folder="whole")
+    whole.run()
+    assert sorted(whole.evaluations) == ["0", "2"] and whole.policy.calls["eval"] == 2 * 4 * 3
+    stopped = trainer(changes, folder="stopped")
+    stopped.step(0)
+    stopped.iteration = 1
+    stopped._save()
+    stopped.lock.release()
+    resumed = trainer(changes, folder="stopped", resume=True)
+    resumed.step(1)
+    assert runs.same(runs.state(resumed), runs.state(whole))
+    sample_grid(
+        ["a cat"], model="", weights=whole.folder, count=1, num_steps=2, guidance=None, seed=0,
+        output=tmp_path / "picture.png",
+    )  # fmt: skip
+    assert (tmp_path / "picture.png").stat().st_size > 0

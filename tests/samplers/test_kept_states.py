@@ -89,6 +89,8 @@ def test_kept_steps_must_exist_rise_and_belong_to_one_way():
         deterministic(TIMES).with_kept([2, 2])
     with pytest.raises(ValueError, match="tails walk other steps"):
         window(TIMES, 0, 2).with_strides((1, 2)).with_kept([1])
+    with pytest.raises(ValueError, match="mean velocity of its whole length"):
+        deterministic(TIMES, solver="average").with_kept([1])
     with pytest.raises(ValueError, match="whose steps are 0 to 2"):
         deterministic(TIMES, until=3).with_kept([3])
 

@@ -1,10 +1,10 @@
-"""Twin prompts are one group, and stored pictures stand among their samples, more rarely as training goes on."""
+"""Pair-GRPO: twin prompts are one group, and stored pictures stand among their samples, ever more rarely."""
 
 import torch
 from pydantic import ValidationError
 from pytest import approx, fixture, mark, raises
 
-from flowrl.algorithms.pair_grpo import PairGRPO
+from flowrl.algorithms.diffusion_nft import DiffusionNFT
 from flowrl.collect import Conditions, Geometry, check_stored, injected, roll_out
 from flowrl.costs import expected_cost
 from flowrl.pairs import load_media, read_pairs, save_media
@@ -38,7 +38,7 @@ def policy(tiny_model):
 
 
 def method(inject):
-    return PairGRPO(num_steps=T, draws_per_sample=2, inject=inject)
+    return DiffusionNFT(num_steps=T, draws_per_sample=2, inject=inject)
 
 
 def collect(policy, prompts, inject, slots=None, iteration=0):
@@ -67,7 +67,8 @@ def test_injection_is_a_function_of_the_place(policy, store):
     prompts = read_pairs(store)
     some = injected(0, 5, range(4000), 0.3)
     assert some.float().mean().item() == approx(0.3, abs=0.03)
-    assert torch.equal(injected(0, 5, [7, 9], 0.3), some[[7, 9]]) and not torch.equal(injected(0, 6, range(4000), 0.3), some)
+    assert torch.equal(injected(0, 5, [7, 9], 0.3), some[[7, 9]])
+    assert not torch.equal(injected(0, 6, range(4000), 0.3), some)
     assert injected(0, 5, range(100), 1.0).all() and not injected(0, 5, range(100), 0.0).any()
     whole, part = collect(policy, prompts, 0.5), collect(policy, prompts[2:], 0.5, slots=[2, 3])
     torch.testing.assert_close(part.trajectory.x0, whole.trajectory.x0[2 * K :], rtol=1e-5, atol=1e-5)
@@ -77,7 +78,7 @@ def test_injection_is_a_function_of_the_place(policy, store):
 def test_a_run_compares_twins_and_costs_what_is_announced(trainer, store, at):
     """pi is 1 in iteration 0 and 0.4 in iteration 1."""
     run = trainer({
-        "algorithm": {"name": "pair_grpo", "num_steps": T, "draws_per_sample": 2, "inject": [[0, 1.0], [1, 0.4]]},
+        "algorithm": {"name": "diffusion_nft", "num_steps": T, "draws_per_sample": 2, "inject": [[0, 1.0], [1, 0.4]]},
         "data.prompts": str(store), "data.together": "twin", "data.prompts_per_iteration": 4,
     })  # fmt: skip
     plan = run.algorithm.plan(run._times(), at, K, 0)
@@ -89,7 +90,8 @@ def test_a_run_compares_twins_and_costs_what_is_announced(trainer, store, at):
 
 def test_credit_is_that_of_the_union_of_both_prompts(trainer, store, monkeypatch):
     run = trainer({
-        "algorithm": {"name": "pair_grpo", "num_steps": T, "draws_per_sample": 2}, "data.prompts": str(store),
+        "algorithm": {"name": "diffusion_nft", "num_steps": T, "draws_per_sample": 2, "inject": 1.0},
+        "data.prompts": str(store),
         "data.together": "twin", "data.prompts_per_iteration": 4,
     })  # fmt: skip
     seen = {}
@@ -107,13 +109,13 @@ def test_credit_is_that_of_the_union_of_both_prompts(trainer, store, monkeypatch
 
 def test_what_cannot_be_meant_is_refused():
     with raises(ValidationError, match="probability"):
-        PairGRPO(inject=[[0, 1.5], [9, 0.0]])
+        DiffusionNFT(inject=[[0, 1.5], [9, 0.0]])
     with raises(ValueError, match="names 0 stored samples where 2 are wanted"):
         check_stored([Prompt(id=0, text="a cat")], 2)
 
 
 def test_published_curriculum():
-    algorithm = PairGRPO()
+    algorithm = DiffusionNFT(inject=[[50, 1], [450, 0.25], [1200, 0]])
     assert [algorithm.injection(n) for n in (0, 50, 250, 450, 825, 1200, 9999)] == approx([1, 1, 0.625, 0.25, 0.125, 0, 0])
 
 

@@ -288,8 +288,8 @@ def _of_other_rewards(rows: Sequence[Row]) -> list[str]:
         return []
     lines = [
         "## Trained reward and checker", "",
-        "These methods ascend a differentiable reward and never see the checker. Where the first rises while the second",
-        "falls, the reward is being hacked. Each number is one evaluation, from the base model to the end.", "",
+        "These methods ascend a differentiable reward and never see the checker. Where the first rises while the",
+        "second falls, the reward is being hacked. Each number is one evaluation, from the base model to the end.", "",
         _line(["method", "calls", "reward", "trained reward", "strict %"]), _line(["---", "---:", "---", "---", "---"]),
     ]  # fmt: skip
     for row in shown:

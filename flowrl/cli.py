@@ -319,7 +319,7 @@ def shapes_twins(
     count: Annotated[int, typer.Option(help="Twins: two prompts that differ in one word.", min=1)] = 200,
     seed: int = 0,
 ) -> None:
-    """Write twin prompts with true pictures, as pairs: what pair_grpo injects."""
+    """Write twin prompts with true pictures, as pairs: what `inject` puts among the samples."""
     from flowrl.shapes.twins import write_twins
 
     write_twins(output, count, seed)

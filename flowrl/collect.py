@@ -133,8 +133,8 @@ def _check_solver(plans: Sequence[Plan], policy: Policy) -> None:
     """Only a model with two times can say the mean velocity of a step; another would take an Euler step unnoticed."""
     if any(plan.solver == "average" for plan in plans) and solver_of(policy) != "average":
         raise ValueError(
-            f"solver=average asks for the mean velocity of a step, and {type(policy.model).__name__} knows only that of "
-            "a moment. Set algorithm.solver to euler, heun or dpmpp_2m; or model.family to meanflow (two times)."
+            f"solver=average asks for the mean velocity of a step, and {type(policy.model).__name__} knows only that "
+            "of a moment. Set algorithm.solver to euler, heun or dpmpp_2m; or model.family to meanflow (two times)."
         )
 
 

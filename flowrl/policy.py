@@ -214,7 +214,8 @@ class Policy:
     def state_dict(self) -> dict[str, Tensor]:
         """`weights.<name>` of what learns, `ema.<name>` and `old.<name>` of what follows it; copies on the CPU."""
         # First: they refuse while their values are in place of the weights.
-        followers = {f"{kind}.{name}": x for kind, ema in self._followers.items() for name, x in ema.state_dict().items()}
+        kept = {kind: ema.state_dict() for kind, ema in self._followers.items()}
+        followers = {f"{kind}.{name}": tensor for kind, state in kept.items() for name, tensor in state.items()}
         weights = {f"weights.{name}": p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
         return {**weights, **followers}
 

@@ -439,8 +439,8 @@ def _check_kept(plan: Plan) -> None:
         raise ValueError(f"kept={plan.kept} with strides={plan.strides}: tails walk other steps; leave strides=(1,).")
     if plan.kept and plan.solver == "average":
         raise ValueError(
-            f"kept={plan.kept}: with solver='average' a step has the mean velocity of its whole length, not that at the "
-            "state that is kept; choose euler, heun or dpmpp_2m."
+            f"kept={plan.kept}: with solver='average' a step has the mean velocity of its whole length, not that at "
+            "the state that is kept; choose euler, heun or dpmpp_2m."
         )
 
 

@@ -17,7 +17,7 @@ from samplers import noise_source
 from tests import runs
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("train", "plan", "eval", "sample", "export", "doctor", "config", "shapes")
+COMMANDS = ("train", "plan", "eval", "sample", "export", "doctor", "config", "shapes", "pairs", "reward")
 
 
 # ------------------------------------------------------------------------------------------------ help

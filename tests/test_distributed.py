@@ -30,7 +30,13 @@ METHODS = {
     "granular_grpo": {"name": "granular_grpo", "num_steps": 4, "strides": [1, 2], "steps": [0, 1], "adv_eps": 1e-4},
     "dance_grpo": {"name": "dance_grpo", "num_steps": 4, "step_share": 0.67, "adv_eps": 1e-4, **WIDE},
     "flow_grpo, zeros dropped": {**runs.FLOW, **WIDE, "drop_zero": True, "adv_std": "group"},
-    "diffusion_nft": {"name": "diffusion_nft", "num_steps": 4, "draws_per_sample": 3, "decay": 0.5, "adv_std": "global"},
+    "diffusion_nft": {
+        "name": "diffusion_nft",
+        "num_steps": 4,
+        "draws_per_sample": 3,
+        "decay": 0.5,
+        "adv_std": "global",
+    },
     "diffusion_nft, groups": {"name": "diffusion_nft", "num_steps": 4, "draws_per_sample": 2, "share_draws": True},
     "flow_grpo, whole samples": {**runs.FLOW, **WIDE, "objective": "gspo"},
 }

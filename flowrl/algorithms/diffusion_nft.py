@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from flowrl.algorithms.forward_process import ForwardProcess
-from flowrl.algorithms.matching import mean_square, noised, scaled_square, velocities
+from flowrl.algorithms.matching import noised, scaled_square, velocities
 from flowrl.types import Batch, Loss, Policy
 
 
@@ -29,8 +29,7 @@ class DiffusionNFT(ForwardProcess):
         float, Field(description="Part of the step from v_old to v in v+; the smaller, the larger the moves.", gt=0)
     ] = 0.1
     kl_coef: Annotated[
-        float,
-        Field(description="Weight of mean (v - v_ref)^2; the official 1e-4 goes with adv_clip 5, and scales as it.", ge=0),
+        float, Field(description="Weight of mean (v - v_ref)^2; the official 1e-4 goes with adv_clip 5.", ge=0)
     ] = 0.0
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:

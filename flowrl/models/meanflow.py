@@ -170,7 +170,10 @@ def _between(elapsed: Tensor) -> Iterator[None]:
 
 def _fresh(transformer: Any) -> Any:
     """A two-time copy of a one-time transformer, equal to it for every r."""
-    made = _two_times(type(transformer)).from_config(transformer.config).to(transformer.device, transformer.dtype)
+    with torch.random.fork_rng(devices=[]):  # the same each time, and the caller's randomness is left alone
+        torch.manual_seed(0)
+        made = _two_times(type(transformer)).from_config(transformer.config)
+    made = made.to(transformer.device, transformer.dtype)
     made.load_state_dict(transformer.state_dict(), strict=False)
     made.requires_grad_(False)
     return made.eval()

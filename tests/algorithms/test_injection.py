@@ -116,7 +116,8 @@ def test_what_cannot_be_meant_is_refused():
 
 def test_published_curriculum():
     algorithm = DiffusionNFT(inject=[[50, 1], [450, 0.25], [1200, 0]])
-    assert [algorithm.injection(n) for n in (0, 50, 250, 450, 825, 1200, 9999)] == approx([1, 1, 0.625, 0.25, 0.125, 0, 0])
+    found = [algorithm.injection(n) for n in (0, 50, 250, 450, 825, 1200, 9999)]
+    assert found == approx([1, 1, 0.625, 0.25, 0.125, 0, 0])
 
 
 assert runs.SAMPLES == K

@@ -4,6 +4,7 @@ A method is a `ForwardProcess` with a loss, or a `Matching` where it needs no ad
 finished samples alone: no step of the rollout is stored.
 """
 
+from abc import abstractmethod
 from typing import Annotated, Self
 
 import torch
@@ -16,7 +17,7 @@ from flowrl.algorithms.deterministic import Deterministic
 from flowrl.algorithms.matching import TimeSampling, Velocities, every_sample, grid_times, mean_square, samples_of_rows
 from flowrl.algorithms.schedule import AlgorithmError, check_group_size
 from flowrl.schedules import Schedule, value_at, values
-from flowrl.types import Batch, Draws, Loss, Needs
+from flowrl.types import Batch, Draws, Loss, Needs, Policy
 from samplers import Plan
 
 
@@ -104,6 +105,10 @@ class Matching(Deterministic):
             shift=self.time_shift, share=self.share_draws,
         )  # fmt: skip
 
+    @abstractmethod
+    def loss(self, policy: Policy, batch: Batch) -> Loss:
+        """Loss of a minibatch; see `flowrl.types.Algorithm`."""
+
 
 class GroupCredit(Deterministic):
     """What a sample is worth: its reward against those of its prompt's group."""
@@ -161,6 +166,10 @@ class GroupCredit(Deterministic):
             loss = loss + (self.kl_coef if kl_weight is None else kl_weight) * kl
         return Loss(loss.mean(), metrics)
 
+    @abstractmethod
+    def loss(self, policy: Policy, batch: Batch) -> Loss:
+        """Loss of a minibatch; see `flowrl.types.Algorithm`."""
+
 
 def _probabilities(schedule: float | tuple[tuple[float, float], ...]) -> float | tuple[tuple[float, float], ...]:
     if not all(0 <= value <= 1 for value in values(schedule)):
@@ -200,3 +209,7 @@ class ForwardProcess(Matching, GroupCredit):
     def old_decay(self, iteration: int) -> float:
         """`decay` after this iteration."""
         return value_at(self.decay, iteration)
+
+    @abstractmethod
+    def loss(self, policy: Policy, batch: Batch) -> Loss:
+        """Loss of a minibatch; see `flowrl.types.Algorithm`."""

@@ -4,6 +4,7 @@ Symbols: T steps, K of them with a graph, n samples, *L latent dimensions.
 """
 
 import math
+from abc import abstractmethod
 from typing import Annotated, Literal, Self
 
 import torch
@@ -113,6 +114,10 @@ class LastSteps(DirectGradient):
             sample=sample.to(device), t=t.repeat(len(group)).to(device), t_next=t_next.repeat(len(group)).to(device),
             key=key.to(device), unit=sample.to(device),
         )  # fmt: skip
+
+    @abstractmethod
+    def shortfall(self, reward: Tensor) -> Tensor:
+        """What is to fall, [N], for rewards [N] with a graph: NaN stays NaN."""
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         """What is missing in the rewards of the pictures that the rows lead to, mean over these."""

@@ -115,7 +115,7 @@ def sample(
     model: Annotated[str, typer.Option(help="Built-in name, folder or hub id; default: of --from, else shapes.")] = "",
     from_: Annotated[Path | None, typer.Option("--from", help="A run, or its weights folder.")] = None,
     count: Annotated[int, typer.Option(help="Samples a prompt.", min=1)] = 4,
-    num_steps: Annotated[int | None, typer.Option(help="Denoising steps; default: inference.json.")] = None,
+    num_steps: Annotated[int | None, typer.Option(help="Denoising steps; default: inference.json.", min=1)] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: inference.json.")] = None,
     tuned_share: Annotated[
         float, typer.Option(help="Share of the steps, noisiest first, by --from; the rest by its base.", min=0, max=1)

@@ -184,10 +184,16 @@ class StoredSamples:
         from flowrl.pairs import load_media
 
         device, size = self.policy.device, self.geometry.decode_batch or len(rows)
+        encode = getattr(self.policy.model, "encode_media", None)
+        if encode is None:
+            raise ValueError(
+                f"{type(self.policy.model).__name__} cannot encode pictures, so stored samples are of no use to it: "
+                "give it encode_media(media [N,F,3,H,W] in [0,1]) -> latents, or set data.samples: rollout."
+            )
         parts = []
         for start in range(0, len(rows), size):
             media = torch.stack([self._checked(load_media(row["media"])) for row in rows[start : start + size]])
-            parts.append(self.policy.model.encode_media(media.to(device)))
+            parts.append(encode(media.to(device)))
         return torch.cat(parts).float()
 
     def _checked(self, media: Tensor) -> Tensor:

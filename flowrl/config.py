@@ -92,6 +92,8 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: much less memory, about a third more time per trained step."""
     rollout_micro_batch: Count | None = None
     """Latents in one forward pass of a rollout; null = all of one step. Memory only, up to rounding."""
+    decode_tiling: bool = False
+    """Decode in overlapping tiles, where the VAE can: less memory for large pictures, and hardly visible seams."""
     decode_micro_batch: Count | None = None
     """Latents decoded at a time; null = as many as the rollout makes. Memory only, the result is the same."""
 
@@ -446,15 +448,25 @@ def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
         for index in (i for i, entry in enumerate(config.rewards) if entry.gate is not None):
             text = "cuts the total, but this method takes each reward by itself; drop the gate, or set combine=sum"
             yield ("rewards", index, "gate"), text
-    if config.data.samples == "stored" and algorithm.needs.logprobs:
+    if config.data.samples == "stored" and (algorithm.needs.logprobs or algorithm.needs.own_rollout):
         text = f"stored samples were not drawn step by step, and {config.algorithm.name} trains on steps; "
         yield ("data", "samples"), text + "choose a method of the forward process, such as flow_dpo, or samples=rollout"
+    if config.optimizer.update == "single_pass" and not algorithm.needs.logprobs:
+        text = f"single_pass keeps the graphs of stochastic steps, and {config.algorithm.name} has none; "
+        yield ("optimizer", "update"), text + "leave it out"
+    if config.data.samples_per_prompt <= algorithm.needs.stored:
+        text = f"{algorithm.needs.stored} samples of a prompt may be stored ones; draw at least one more"
+        yield ("data", "samples_per_prompt"), text
+    if config.data.together and getattr(algorithm, "share_draws", False):
+        text = f"{config.algorithm.name} compares samples of one prompt at shared draws, not of several prompts; "
+        yield ("data", "together"), text + "leave it out, or take a method without share_draws, such as diffusion_nft"
     if config.data.history < algorithm.needs.history:
         text = (
             f"{config.algorithm.name} compares with a prompt's last {algorithm.needs.history} rewards; remember as many"
         )
         yield ("data", "history"), text
-    if algorithm.needs.teachers == (None,) and algorithm.needs.guidance <= config.model.guidance:
+    of_teachers = "teachers" in type(algorithm).model_fields
+    if of_teachers and algorithm.needs.teachers == (None,) and algorithm.needs.guidance <= config.model.guidance:
         text = (
             "the only teacher is the initial model with no more guidance than model.guidance, so there is nothing to "
         )
@@ -515,6 +527,8 @@ def _deep_problems(config: Config) -> Iterator[tuple[Key, str]]:
         try:
             with RewardHub([entry.entry() | {"device": "cpu"} for entry in config.rewards], device="cpu") as hub:
                 hub.check_differentiable()
+                if config.algorithm.build().needs.features:
+                    hub.embedder()
         except RewardError as error:
             yield ("rewards",), str(error)
     try:
@@ -598,7 +612,8 @@ def dump(config: Config) -> str:
 
 _FREE = (
     "name", "output_dir", "checkpoint_every", "keep_checkpoints", "evaluate_every", "engine", "log",
-    "model.decode_micro_batch", "model.rollout_micro_batch", "model.gradient_checkpointing", "optimizer.micro_batch",
+    "model.decode_micro_batch", "model.decode_tiling", "model.rollout_micro_batch", "model.gradient_checkpointing",
+    "optimizer.micro_batch",
     "optimizer.update", "data.max_no_verdict", "data.evaluation.batch_size", "data.evaluation.grid_prompts",
     "data.evaluation.headline", "data.evaluation.patience",
 )  # fmt: skip

@@ -145,7 +145,8 @@ def describe(
     marks = " ".join("".join("S" if s else "." for s in plan.stochastic) for plan in plans)
     shared = f", {c.roots} starts: each group shares its first noise" if c.roots < c.samples else ""
     weights = "LoRA" if config.model.lora else "full weights"
-    steps = f"{plans[0].num_steps}, first iteration {marks} (S = stochastic and trained)"
+    stochastic = f", first iteration {marks} (S = stochastic and trained)" if c.stored else ", all ODE"
+    steps = f"{plans[0].num_steps}{stochastic}"
     rows = f"{c.rows} stored steps from {c.states} states" if c.stored else f"{c.rows} draws of the samples"
     asked = (("old", c.old), ("reference", c.reference), ("teacher", c.teacher))
     others = "".join(f" + {count} {what}" for what, count in asked if count)

@@ -74,8 +74,16 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     """A hash of texts, metadata and order, so that a resumed run notices that its data set has changed."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.text, dict(prompt.metadata)], sort_keys=True, default=repr).encode())
+        metadata = dict(prompt.metadata)
+        if "stored" in metadata:  # what the files hold, not where they lie
+            metadata["stored"] = [{**row, "media": _contents(row["media"])} for row in metadata["stored"]]
+        digest.update(json.dumps([prompt.text, metadata], sort_keys=True, default=repr).encode())
     return digest.hexdigest()
+
+
+def _contents(path: str) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _built_in(split: str) -> list[tuple[str, dict[str, Any]]]:

@@ -1,7 +1,7 @@
 """Numbers that change along a run: piecewise linear between points, constant before the first and after the last.
 
-    0.5                          always
-    [[0, 0], [500, 0.5]]         rises for 500 iterations, then stays
+0.5                          always
+[[0, 0], [500, 0.5]]         rises for 500 iterations, then stays
 """
 
 from __future__ import annotations

@@ -112,6 +112,8 @@ class Trainer:
         needs = self.algorithm.needs
         if needs.gradient:
             self.hub.check_differentiable()
+        if needs.features:
+            self.hub.embedder()
         self.watches = {
             name: NanWatch(name=name, max_nan_frac=data.max_no_verdict, key="data.max_no_verdict")
             for name, rule in self.hub.rules.items()
@@ -224,6 +226,8 @@ class Trainer:
             self.policy.follow(self.algorithm.old_decay(iteration))
         fault("train.updated")
 
+        with self._saving_what_is_done():
+            self._watch_verdicts(metrics)
         self.seconds += phase.total
         roles = ("rollout", "train", "old", "reference", "teacher")
         calls = {role: self._total(self.policy.calls[role] - calls_before.get(role, 0)) for role in roles}
@@ -300,6 +304,13 @@ class Trainer:
                 "log-probs than the rollout. Use model.dtype=float32, or equal rollout_micro_batch and micro_batch; a "
                 "clip_range near this number clips noise."
             )
+
+    def _watch_verdicts(self, metrics: Mapping[str, float]) -> None:
+        """Of methods that ask their rewards in the loss: the run stops where most pictures get no verdict."""
+        if "no_verdict" in metrics:
+            without = round(1000 * metrics["no_verdict"])
+            for watch in self.watches.values():
+                watch.see(torch.tensor([math.nan] * without + [0.0] * (1000 - without)), [])
 
     def _set_learning_rate(self, iteration: int) -> float:
         o = self.config.optimizer
@@ -564,10 +575,13 @@ class Trainer:
 def load_model(config: Config) -> Any:
     """The generator of a config."""
     tokens = config.model.max_sequence_length
-    return load(
+    model = load(
         config.model.path, family=config.model.family, dtype=getattr(torch, config.model.dtype),
         **({} if tokens is None else {"max_sequence_length": tokens}),
     )  # fmt: skip
+    if config.model.decode_tiling:
+        model.enable_tiling()
+    return model
 
 
 def geometry_of(config: Config, model: Any) -> Geometry:

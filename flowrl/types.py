@@ -184,10 +184,14 @@ class Needs(NamedTuple):
     """A policy that follows the trained one behind (`policy.old()`), and draws the samples unless `on_policy`."""
     on_policy: bool = False
     """The trained policy draws the samples itself."""
+    own_rollout: bool = False
+    """States or steps of the rollout itself: samples from disk cannot stand in for its own."""
     rewards: bool = True
     """Finished samples with a reward; without, the loss judges for itself and the plan may end before t = 0."""
     gradient: bool = False
     """Rewards that can be differentiated, in `batch.critic`."""
+    features: bool = False
+    """One of them with image and text features."""
     stored: int = 0
     """Stored samples that each prompt must name, and that may stand among its own (`injection`)."""
     evaluations: int = 1
@@ -222,7 +226,10 @@ class Policy(Protocol):
 
 @runtime_checkable
 class Model(Protocol):
-    """A generator in flow coordinates; one file a family under `flowrl.models`."""
+    """A generator in flow coordinates; one file a family under `flowrl.models`.
+
+    One that is to be trained on stored media also has `encode_media`: media [N,F,3,H,W] in [0,1] to clean latents.
+    """
 
     trainable: torch.nn.Module
     height: int
@@ -247,10 +254,6 @@ class Model(Protocol):
 
     def decode(self, x0: Tensor) -> Tensor:
         """Media [N,F,3,H,W] in [0,1] of clean latents [N,*L]."""
-        ...
-
-    def encode_media(self, media: Tensor) -> Tensor:
-        """Clean latents [N,*L] of media [N,F,3,H,W] in [0,1]."""
         ...
 
 

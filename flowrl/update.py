@@ -118,7 +118,7 @@ class Updater:
         told = [(m, n) for m, n in told if n]
         merged: dict[str, float] = {}
         for name in told[0][0] if told else ():
-            values = [(m[name], n) for m, n in told]
+            values = [(m[name], n) for m, n in told if not math.isnan(m[name])] or [(math.nan, 1)]
             mean = sum(v * n for v, n in values) / sum(n for _, n in values)
             merged[name] = max(v for v, _ in values) if "_max" in name else mean
         return merged

@@ -293,3 +293,28 @@ def test_rewards_get_whole_groups_in_order(policy):
     assert torch.equal(batch.media[:, 0], pictures)
     assert torch.allclose(pictures, decode(policy, batch.trajectory.x0, None)[:, 0], atol=1e-5)
     assert len(decode_and_submit(policy, batch, Hub(), GEOMETRY)) == 1
+
+
+# ------------------------------------------------------------------------------------------------ the old policy
+
+
+def test_the_old_policy_draws_the_samples_unless_the_method_draws_its_own(tiny_model):
+    from flowrl.algorithms.crd import CRD
+    from flowrl.models import load
+    from flowrl.policy import Policy
+
+    def drawn(on_policy):
+        policy = Policy(load(tiny_model), old=True)
+        method = CRD(num_steps=3, draws_per_sample=2, kl_coef=0.0, on_policy=on_policy)
+        first = collect(policy, method).trajectory.x0
+        with torch.no_grad():
+            for parameter in policy.trainable_parameters():
+                parameter += 0.05
+        policy.update_average()
+        policy.follow(1.0)
+        return first, collect(policy, method).trajectory.x0
+
+    first, again = drawn(on_policy=False)
+    assert torch.equal(first, again), "the weights that draw have not moved"
+    first, again = drawn(on_policy=True)
+    assert not torch.allclose(first, again)

@@ -8,6 +8,7 @@ import yaml
 
 from flowrl.config import Config, ConfigError, check, diff, dump, identity, load_config, make_config
 from flowrl.configfile import parse_yaml
+from tests import runs
 
 BASE = """\
 name: demo
@@ -434,3 +435,32 @@ def test_what_makes_a_run_that_run(folder):
         "iterations": (300, 5)
     }
     assert diff(identity(config), config) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"data.samples": "stored", "algorithm": {"name": "reward_gradient"}}, "data.samples: .*drawn step by step"),
+        ({"data.samples": "stored", "algorithm": {"name": "diffusion_art"}}, "data.samples: .*drawn step by step"),
+        ({"optimizer.update": "single_pass", "algorithm": {"name": "awm"}}, "optimizer.update: .*stochastic steps"),
+        ({"data.together": "twin", "algorithm": {"name": "dgpo"}}, "data.together: .*shared draws"),
+        ({"data.samples_per_prompt": 2, "algorithm": {"name": "awm", "inject": 0.5}}, "samples_per_prompt: .*one more"),
+    ],
+)  # fmt: skip
+def test_what_methods_without_logprobs_cannot_do_is_refused(changes, told):
+    with pytest.raises(ConfigError, match=told):
+        make_config(runs.tree("shapes", "runs/x", changes))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "reward", "told"),
+    [
+        ("reward_gradient", "shapes", "it is not differentiable"),
+        ("srpo", "pixel.brightness", "image and text features"),
+    ],
+)
+def test_rewards_that_cannot_be_differentiated_are_found_by_a_check(tmp_path, algorithm, reward, told):
+    path = tmp_path / "run.yaml"
+    changes = {"algorithm": {"name": algorithm}, "rewards": [{"use": reward}]}
+    path.write_text(yaml.safe_dump(runs.tree("shapes", "runs/x", changes)))
+    assert any(told in problem for problem in check(path))

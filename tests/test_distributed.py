@@ -38,6 +38,10 @@ METHODS = {
         "adv_std": "global",
     },
     "diffusion_nft, groups": {"name": "diffusion_nft", "num_steps": 4, "draws_per_sample": 2, "share_draws": True},
+    "flow_dpo, refreshed": {"name": "flow_dpo", "num_steps": 4, "draws_per_sample": 2, "refresh_every": 1},
+    "crd": {"name": "crd", "num_steps": 4, "draws_per_sample": 2, "adv_std": "global"},
+    "diffusion_art": {"name": "diffusion_art", "num_steps": 4, "draws_per_sample": 2},
+    "draft, distance": {"name": "reward_gradient", "num_steps": 4, "last_steps": 2, "kl_coef": 0.1},
     "flow_grpo, whole samples": {**runs.FLOW, **WIDE, "objective": "gspo"},
 }
 PROMPTS = ["a cat", "two dogs", "a red house", "a tree"]

@@ -11,8 +11,8 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 
 
 def test_there_are_notebooks():
-    names = {"01_samplers.ipynb", "02_quickstart.ipynb", "03_branching_and_windows.ipynb"}
-    assert {path.name for path in NOTEBOOKS} >= names
+    names = {"01_samplers", "02_quickstart", "03_branching_and_windows", "04_preferences_and_direct_gradients"}
+    assert {path.stem for path in NOTEBOOKS} >= names
 
 
 @every_notebook

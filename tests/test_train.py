@@ -13,6 +13,7 @@ from flowrl.config import load_config
 from flowrl.models import ModelError
 from flowrl.train import credited, due, leaf_places, reward_metrics
 from flowrl.types import Batch, Prompt
+from rewards.types import RewardError
 from samplers import all_steps, flow_sde, noise_source, rollout
 from tests import runs
 
@@ -291,3 +292,33 @@ def test_a_run_may_be_started_in_a_thread(trainer):
     thread.start()
     thread.join()
     assert found and found[0]["iterations"] == 1
+
+
+def test_the_old_policy_follows_after_each_iteration(trainer):
+    """old <- d old + (1 - d) trained, with the decay of that iteration."""
+    run = trainer({
+        "algorithm": {"name": "diffusion_nft", "num_steps": 3, "draws_per_sample": 2, "decay": [[0, 0.25], [1, 0.75]]},
+        "optimizer.lr": 1e-2,
+    })  # fmt: skip
+    state = run.policy.state_dict()
+    name = next(key.removeprefix("weights.") for key in state if key.startswith("weights."))
+    old = state[f"old.{name}"]
+    for iteration, decay in enumerate((0.25, 0.75)):
+        run.step(iteration)
+        state = run.policy.state_dict()
+        old = decay * old + (1 - decay) * state[f"weights.{name}"]
+        torch.testing.assert_close(state[f"old.{name}"], old)
+        assert not torch.equal(state[f"old.{name}"], state[f"weights.{name}"])
+
+
+def test_rewards_that_fail_in_the_loss_stop_the_run_too(trainer, tmp_path):
+    (tmp_path / "broken.py").write_text(
+        "from rewards import declare\n\n\n@declare(differentiable=True)\ndef score(images, prompts):\n"
+        "    if images.requires_grad:\n        raise ValueError('always')\n    return images.mean((1, 2, 3))\n"
+    )
+    run = trainer({
+        "algorithm": {"name": "reward_gradient", "num_steps": 3}, "rewards": [{"use": f"{tmp_path}/broken.py:score"}],
+    })  # fmt: skip
+    with pytest.raises(RewardError, match="no verdict on 100%"):
+        for iteration in range(4):
+            run.step(iteration)

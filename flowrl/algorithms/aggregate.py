@@ -14,7 +14,10 @@ from torch import Tensor
 
 
 def merge_metrics(parts: Sequence[Mapping[str, Tensor]], num_edges: Sequence[int]) -> dict[str, Tensor]:
-    """Metrics of micro-batches as those of their union: the largest of each `*_max*`, else the mean over edges."""
+    """Metrics of micro-batches as those of their union: the largest of each `*_max*`, else the mean over rows.
+
+    A micro-batch that had nothing to say (NaN) does not count, unless none had.
+    """
     merged: dict[str, list[tuple[Tensor, int]]] = {}
     for part, num in zip(parts, num_edges, strict=True):
         for name, value in part.items():
@@ -26,5 +29,5 @@ def _merge(name: str, values: list[tuple[Tensor, int]]) -> Tensor:
     stacked = torch.stack([value for value, _ in values])
     if "_max" in name:
         return stacked.max()
-    weight = torch.tensor([num for _, num in values]).to(stacked)
-    return (stacked * weight).sum() / weight.sum()
+    weight = torch.tensor([num for _, num in values]).to(stacked) * ~stacked.isnan()
+    return (stacked.nan_to_num() * weight).sum() / weight.sum()

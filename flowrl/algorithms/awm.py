@@ -45,9 +45,7 @@ class AWM(ForwardProcess):
     clip_range: fields.ClipRange = 1.0
     adv_clip: fields.AdvClip = 1.0
     kl_coef: fields.KLCoef = 1e-4
-    old_coef: Annotated[
-        float, Field(description="Weight of mean (v - v_old)^2, the brake; 0 at the first update.", ge=0)
-    ] = 1.0
+    old_coef: Annotated[float, Field(description="Weight of mean (v - v_old)^2, the brake.", ge=0)] = 1.0
     decay: Decay = ((0, 0.0), (300, 0.3))
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:

@@ -60,7 +60,7 @@ class DiffusionART(GroupCredit):
     @property
     def needs(self) -> Needs:
         """No log-probs and no old policy: the rollout keeps what it says."""
-        return super().needs._replace(on_policy=True)
+        return super().needs._replace(on_policy=True, own_rollout=True)
 
     def plan(self, times: Tensor, iteration: int, samples_per_prompt: int, seed: int) -> Plan:
         """The ODE, which keeps the states of the steps that this iteration trains on; AlgorithmError for too few."""
@@ -94,7 +94,7 @@ class DiffusionART(GroupCredit):
         return super().sample_advantages(batch)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        """The loss of the rows, mean (v - v*)^2; `tilt` is how far v* is from v_old, root mean square."""
+        """The loss of the rows, mean (v - v*)^2; `tilt` is mean (v* - v_old)^2."""
         draws, trajectory = batch.draws, batch.trajectory
         assert draws is not None and trajectory.visited is not None and batch.advantages is not None
         kept = torch.tensor(batch.plans[0].kept, device=draws.key.device)
@@ -111,7 +111,7 @@ class DiffusionART(GroupCredit):
                 initial = policy.velocity(x, t, cond).float()
         v = Velocities(policy.velocity(x, t, cond).float(), v_old, initial)
         found = self.total(mean_square(v.current - v_old - tilt), v, batch)
-        return found._replace(metrics={**found.metrics, "tilt": mean_square(tilt).mean().sqrt()})
+        return found._replace(metrics={**found.metrics, "tilt": mean_square(tilt).mean()})
 
 
 def direction(x: Tensor, t: Tensor, x0: Tensor, advantages: Tensor, temperature: float | None) -> Tensor:

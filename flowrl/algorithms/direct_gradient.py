@@ -46,11 +46,14 @@ class DirectGradient(Deterministic):
         """What is to fall, [N], for rewards [N] with a graph: NaN stays NaN."""
 
     def distance(self, policy: Policy, v: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Mean (v - v_ref)^2 [N] at states x [N,*L] and times t [N], which are taken as given; 0 if kl_coef is."""
+        """Mean (v - v_ref)^2 [N] at states x [N,*L] without a graph and times t [N], v [N,*L] the policy's there.
+
+        0 if kl_coef is, but with a graph, so that a batch without any verdict has a gradient, of 0.
+        """
         if not self.kl_coef:
-            return v.new_zeros(len(v))
+            return 0 * v.flatten(1).sum(1)
         with torch.no_grad(), policy.reference():
-            reference = policy.velocity(x.detach(), t, cond).float()
+            reference = policy.velocity(x, t, cond).float()
         return mean_square(v - reference)
 
     def total(self, reward: Tensor, kl: Tensor) -> Loss:
@@ -59,7 +62,7 @@ class DirectGradient(Deterministic):
         metrics = {"reward/mean": seen.nanmean(), "no_verdict": seen.isnan().float().mean()}
         if self.kl_coef:
             metrics["kl"] = kl.detach().mean()
-        return Loss(mean_of_judged(self.shortfall(reward)) + self.kl_coef * kl.mean(), metrics)
+        return Loss(mean_of_judged(self.shortfall(reward)) + (self.kl_coef or 1.0) * kl.mean(), metrics)
 
 
 def below(margin: float | None, reward: Tensor) -> Tensor:

@@ -154,7 +154,9 @@ class GroupCredit(Deterministic):
 
         `kl_weight` [N] stands in for `kl_coef`.
         """
-        assert batch.advantages is not None and v.old is not None
+        assert batch.advantages is not None
+        if v.old is None:
+            raise AlgorithmError("total() logs the distance to the old policy: ask velocities(..., old=True) for it.")
         metrics = {
             "policy_loss": loss.detach().mean(),
             "old_distance": mean_square(v.current.detach() - v.old).mean(),
@@ -183,6 +185,7 @@ class ForwardProcess(Matching, GroupCredit):
     With `inject` stored samples stand among a prompt's own, the curriculum of Pair-GRPO (FocusDiff, arXiv:2506.05501):
     prompts that differ in a word come together (`data.together`) and are one group, each with its true picture and, as
     a bad example, its twin's; its pi(n) is [[50, 1], [450, 0.25], [1200, 0]].
+    Note: a coin is tossed for each prompt, where the paper tosses one for both twins.
     Note: the paper trains an autoregressive generator, where an injected picture gets a log-prob and a ratio of 1. No
     trajectory of a flow led to it, so that only a loss on finished samples can take it.
     """

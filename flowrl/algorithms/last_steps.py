@@ -69,8 +69,9 @@ class LastSteps(DirectGradient):
 
     @property
     def needs(self) -> Needs:
-        """Each row is evaluated once, and once more in the backward pass with `checkpoint`."""
-        return super().needs._replace(evaluations=2 if self.checkpoint else 1)
+        """Each row is evaluated once, twice with a distance to the initial weights; `checkpoint` doubles that."""
+        evaluations = (2 if self.kl_coef > 0 else 1) * (2 if self.checkpoint else 1)
+        return super().needs._replace(evaluations=evaluations, own_rollout=True)
 
     @property
     def _range(self) -> tuple[int, int]:
@@ -142,7 +143,7 @@ class LastSteps(DirectGradient):
         for step in of_sample.unbind(1):
             t, t_next = draws.t[step], draws.t_next[step]
             v = self._velocity(policy, x, t, cond)
-            distances.append(self.distance(policy, v, x, t, cond))
+            distances.append(self._distance(policy, v, x, t, cond))
             if self.solver == "dpmpp_2m":
                 x, before = dpmpp_2m(x, v, t, t_next, before), (denoised(x, v, t), t)
             else:
@@ -159,8 +160,13 @@ class LastSteps(DirectGradient):
         x = (1 - t) * start + t * noise_of(batch, again).to(start)
         v = self._velocity(policy, x, again.t, cond)
         x0 = torch.cat([x0, denoised(x, v, again.t)])
-        distance = torch.cat([distance, self.distance(policy, v, x, again.t, cond)])
+        distance = torch.cat([distance, self._distance(policy, v, x, again.t, cond)])
         return x0, torch.cat([sample, again.sample]), distance
+
+    def _distance(self, policy: Policy, v: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The distance at states as they are, by a velocity of its own: the chain that led to them takes no part."""
+        given = x.detach()
+        return self.distance(policy, self._velocity(policy, given, t, cond) if self.kl_coef else v, given, t, cond)
 
     def _velocity(self, policy: Policy, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The velocity [n,*L] with its graph, or with what makes it again."""

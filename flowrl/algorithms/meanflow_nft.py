@@ -13,7 +13,7 @@ With r = t everywhere (same_time 1) it is DiffusionNFT.
 """
 
 from dataclasses import replace
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -40,7 +40,9 @@ class MeanFlowNFT(GroupCredit):
     """
 
     num_steps: fields.ODESteps = 4
-    solver: fields.SolverName = "average"
+    solver: Annotated[
+        Literal["average"], Field(description="A step is the mean velocity's; refused for a model with one time.")
+    ] = "average"
     draws_per_sample: DrawsPerSample = 4
     same_time: Annotated[
         float, Field(description="Share of the draws with r = t, which cost no derivative.", ge=0, le=1)
@@ -73,7 +75,7 @@ class MeanFlowNFT(GroupCredit):
     @property
     def needs(self) -> Needs:
         """No log-probs; the old policy, and the initial weights for a distance to them."""
-        return super().needs._replace(old=True)
+        return super().needs._replace(old=True, own_rollout=True)
 
     def old_decay(self, iteration: int) -> float:
         """`decay` after this iteration."""

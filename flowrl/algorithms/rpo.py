@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowrl.algorithms.matching import unit_mean
+from flowrl.algorithms.matching import member_of, unit_mean
 from flowrl.algorithms.preference import Preference
 from flowrl.types import Batch
 from samplers import stable_seed
@@ -55,12 +55,22 @@ class RPO(Preference):
         better = super().preference(batch, rewards)
         # Both rows lie half of the pair's difference from its mean.
         lead = 2 * (rewards - unit_mean(rewards, batch.draws.unit.to(rewards.device))).abs()
-        drawn = torch.tensor([_uniform(batch, key) for key in batch.draws.key.tolist()], dtype=rewards.dtype)
+        drawn = torch.tensor(_uniforms(batch), dtype=rewards.dtype)
         label = drawn.to(rewards.device) < torch.sigmoid(self.label_gain * lead)
         return torch.where(label, better, -better)
 
 
-def _uniform(batch: Batch, key: list[int]) -> float:
-    """A number in [0, 1) of a draw of a pair: both of its rows have the same key."""
-    seed = stable_seed(batch.seed, batch.iteration, *key, _LABELS)
+def _uniforms(batch: Batch) -> list[float]:
+    """A number in [0, 1) of each draw of each pair, the same in both of its rows, [N]."""
+    draws, member = batch.draws, member_of(batch)
+    assert draws is not None
+    pairs: dict[int, list[int]] = {}
+    for unit, sample in zip(draws.unit.tolist(), draws.sample.tolist(), strict=True):
+        pairs.setdefault(unit, []).append(int(member[sample]))
+    # With shared draws the pairs of a prompt have one key: who is in a pair tells them apart.
+    named = [(*key, *sorted(pairs[unit])) for key, unit in zip(draws.key.tolist(), draws.unit.tolist(), strict=True)]
+    return [_uniform(stable_seed(batch.seed, batch.iteration, *name, _LABELS)) for name in named]
+
+
+def _uniform(seed: int) -> float:
     return torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).item()

@@ -27,7 +27,7 @@ from torch import Tensor
 from flowrl.algorithms import fields
 from flowrl.algorithms.direct_gradient import DirectGradient, Margin, below
 from flowrl.algorithms.matching import every_sample, noised
-from flowrl.types import Batch, Draws, Loss, Policy
+from flowrl.types import Batch, Draws, Loss, Needs, Policy
 from samplers import rows
 
 _INITIAL = -1
@@ -83,6 +83,11 @@ class SRPO(DirectGradient):
                 "is left to recover, at 0 nothing of the noise."
             )
         return self
+
+    @property
+    def needs(self) -> Needs:
+        """Rewards with a gradient in the loss, one of them with features of pictures and texts."""
+        return super().needs._replace(features=True)
 
     def draws(self, batch: Batch) -> Draws:
         """Two rows for each time of each sample: from above (t > t_next) and, with `inversion`, from below."""

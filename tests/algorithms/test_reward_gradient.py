@@ -13,6 +13,7 @@ from flowrl.algorithms.schedule import plans_of
 from flowrl.algorithms.srpo import SRPO
 from flowrl.costs import cost
 from flowrl.types import Needs
+from rewards import declare
 from samplers import linear_times, shifted_times
 from tests.algorithms.toy import ToyPolicy, collect, gradient, live, reward, train
 from tests.algorithms.toy_critic import critic, near_one_if_right
@@ -221,6 +222,21 @@ def test_no_verdict_at_all_teaches_nothing():
 
 
 @every_mode
+def test_a_reward_that_only_fails_teaches_nothing(settings):
+    """Its NaN has no graph at all; the loss must have one all the same, with the gradient 0."""
+
+    @declare(differentiable=True)
+    def broken(images, prompts):
+        raise ValueError("always")
+
+    algorithm, policy, batch = gathered(settings)
+    batch.critic = critic(broken)
+    with pytest.warns(UserWarning, match="always"):
+        loss, found = gradient(algorithm, policy, batch)
+    assert (found == 0).all() and loss.metrics["no_verdict"] == 1 and loss.metrics["reward/mean"].isnan()
+
+
+@every_mode
 def test_distance_to_the_initial_weights(settings):
     algorithm, policy, batch = gathered(settings, kl_coef=2.0)
     assert float(gradient(algorithm, policy, batch)[0].metrics["kl"]) == 0
@@ -236,11 +252,8 @@ def test_distance_to_the_initial_weights(settings):
     expected = sum(distance) / len(distance)
     assert float(loss.metrics["kl"]) == pytest.approx(expected, rel=1e-4)
     assert float((loss.value - plain.value).detach()) == pytest.approx(2 * expected, rel=1e-3)
-    if settings["mode"] in (
-        "refl",
-        "draft_lv",
-    ):  # the others' distance also depends on the states that they walk through
-        torch.testing.assert_close((far - near)[:2], torch.full((2,), 2 * expected / 0.1), rtol=1e-3, atol=1e-5)
+    # The states are taken as they are: the chain that led to them has no part in this gradient.
+    torch.testing.assert_close((far - near)[:2], torch.full((2,), 2 * expected / 0.1), rtol=1e-3, atol=1e-5)
 
 
 @every_mode
@@ -253,9 +266,9 @@ def test_learning_on_the_toy(settings, solver):
 
 
 def test_nothing_is_asked_of_the_rollout():
-    assert RewardGradient().needs == Needs(logprobs=False, rewards=False, gradient=True)
+    assert RewardGradient().needs == Needs(logprobs=False, rewards=False, gradient=True, own_rollout=True)
     assert RewardGradient(kl_coef=0.1, checkpoint=True).needs == Needs(
-        logprobs=False, rewards=False, gradient=True, reference=True, evaluations=2
+        logprobs=False, rewards=False, gradient=True, reference=True, evaluations=4, own_rollout=True
     )
 
 

@@ -124,9 +124,11 @@ def test_every_method_costs_what_is_announced(trainer, path, update):
     child = parse_yaml(path.read_text(), path.name).values
     given, family = child["algorithm"], child.get("model", {}).get("family")
     section = {**algorithm, **given} if given["name"] == algorithm["name"] else given
+    section.pop("inject", None)  # these prompts have no stored pictures; tests/algorithms/test_injection.py counts those
     run = trainer({
         "algorithm": section, "data.prompts_per_iteration": 2, "data.samples_per_prompt": 16,
         "optimizer.update": update, "model.family": family,
+        "rewards": [{"use": "shapes_clip" if given["name"] == "srpo" else "pixel.brightness"}],
     })  # fmt: skip
     plans = plans_of(run.algorithm, run._times(), 1, 16, run.config.seed)
     expected = expected_cost(run.config, run.algorithm, plans, 1)

@@ -124,7 +124,9 @@ def test_every_method_costs_what_is_announced(trainer, path, update):
     child = parse_yaml(path.read_text(), path.name).values
     given, family = child["algorithm"], child.get("model", {}).get("family")
     section = {**algorithm, **given} if given["name"] == algorithm["name"] else given
-    section.pop("inject", None)  # these prompts have no stored pictures; tests/algorithms/test_injection.py counts those
+    section.pop(
+        "inject", None
+    )  # these prompts have no stored pictures; tests/algorithms/test_injection.py counts those
     run = trainer({
         "algorithm": section, "data.prompts_per_iteration": 2, "data.samples_per_prompt": 16,
         "optimizer.update": update, "model.family": family,

@@ -258,11 +258,12 @@ def render(found: Table) -> str:
         "diversity placement / colour", f"calls to the score of {found.reference}", "of its budget",
     )  # fmt: skip
     lines = [
-        "# Learning for the same number of denoiser calls",
+        "# Learning for a number of denoiser calls",
         "",
-        "Held-out prompts of the built-in world; every method starts from the same weights and is evaluated on the",
-        "same prompts and noise. Strict scores in percent, the gain in percentage points. The error is that of the",
-        "paired difference: it covers the luck of prompts and noise, not that of the training seed.",
+        "Held-out prompts of the built-in world. Every method starts from the same weights, unless a note says",
+        "otherwise, has a budget of denoiser calls, and is evaluated on the same prompts and noise. Strict scores",
+        "in percent, the gain in percentage points. The error is that of the paired difference: it covers the luck",
+        "of prompts and noise, not that of the training seed.",
         "",
         _line(header),
         _line(["---", *["---:"] * (len(header) - 1)]),

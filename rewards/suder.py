@@ -91,7 +91,7 @@ class SUDER:
         import transformers
 
         auto: Any = transformers  # most of its functions have no types
-        where = {"revision": self._revision, "trust_remote_code": False}
+        where = {"revision": self._revision}
         try:
             processor = auto.AutoProcessor.from_pretrained(self._source, **where)
             self._check_processor(processor)

@@ -206,7 +206,7 @@ def test_counted_calls_are_the_formula(changes):
     assert policy.calls["current"] - c.rollout == c.train == len(batch.draws)
     assert policy.calls["reference"] == c.reference == ("kl_coef" in changes) * len(batch.draws)
     assert c.stored == 0 and algorithm.needs == Needs(
-        logprobs=False, rewards=False, gradient=True, reference="kl_coef" in changes
+        logprobs=False, rewards=False, gradient=True, features=True, reference="kl_coef" in changes
     )
 
 

@@ -297,8 +297,8 @@ def pairs_make(
         min_margin=min_margin, weights=from_, num_steps=num_steps, seed=seed, console=console,
     )  # fmt: skip
     console.print(
-        f"wrote {output}: {summary.pairs} pairs of {summary.prompts} prompts; without a pair: {summary.tied} tied, "
-        f"{summary.unjudged} without verdicts ({summary.no_verdict} samples)", highlight=False,
+        f"wrote {output}: {summary.pairs} pairs of {summary.prompts} prompts; without a pair: {summary.tied} tied (or "
+        f"within --min-margin), {summary.unjudged} without verdicts ({summary.no_verdict} samples)", highlight=False,
     )  # fmt: skip
 
 

@@ -112,7 +112,8 @@ def evaluate_run(
 def _print(found: dict[str, Evaluation], console: Console) -> None:
     from rich.table import Table
 
-    table = Table("score", *found, *(["gain"] if len(found) > 1 else []))
+    gain = {1: [], 2: ["gain"]}.get(len(found), [f"gain over {next(iter(found))}"])
+    table = Table("score", *found, *gain)
     first, last = list(found.values())[0], list(found.values())[-1]
     for name in (n for n in last.scores if all(n in e.scores for e in found.values())):
         cells = [_cell(*mean_and_error(e.scores[name])) for e in found.values()]

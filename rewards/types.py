@@ -9,10 +9,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from rewards.card import Card
 
 MediaKind: TypeAlias = Literal["image", "video"]
 Scope: TypeAlias = Literal["sample", "group"]
@@ -135,6 +138,8 @@ class Traits:
     """Lowest and highest possible score, where there are such; `norm: unit` uses it."""
     device: str | None = None
     """Where it wants to run whatever the hub's device (`"cpu"` for rewards that have no GPU code)."""
+    card: Card | None = None
+    """Origin, licence, weights and dependencies, for `flowrl reward list`."""
 
     def __post_init__(self) -> None:
         """Refuse what would silently never match."""

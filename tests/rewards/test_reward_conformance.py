@@ -1,7 +1,9 @@
 """Every reward of the folder keeps the contract. A new module is found here by itself."""
 
 import copy
+import importlib
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,35 +11,48 @@ import torch
 from rewards import RewardHub, Scores, available, build, traits_of
 from rewards.resolve import resolve
 from tests.rewards.makers import noise, text
-from tests.rewards.test_reward_suder import build_blip
 
 PROMPTS = ["a red circle", 'a sign that says "hello"', "two squares", "a star above a blue triangle", "anything else"]
 
 
-MODELS = {"suder": build_blip}
-"""What makes a tiny model for a reward that cannot do without one, in a folder."""
+def own(name, what):
+    """`what` of the reward's own test file, `test_reward_<name>.py`, or of its module's; None where it has none.
+
+    tiny(folder)   writes a tiny model and returns the options with which the reward uses it
+    metas()        the metadata that its samples need
+    """
+    for part in (name.replace(".", "_"), name.split(".")[0]):
+        if (Path(__file__).parent / f"test_reward_{part}.py").is_file():
+            return getattr(importlib.import_module(f"tests.rewards.test_reward_{part}"), what, None)
+    return None
 
 
-def samples_for(traits, count):
+def samples_for(traits, count, name):
     """Noise, a drawn word and prompts of several kinds; one group, so that rewards of groups can be asked too."""
+    meta = (own(name, "metas") or dict)()
     frames = None if "image" in traits.media else 4
-    made = [noise(seed, 96, frames=frames, prompt=PROMPTS[seed % 5], fps=8.0) for seed in range(count)]
+    made = [noise(seed, 96, frames=frames, prompt=PROMPTS[seed % 5], fps=8.0, meta=meta) for seed in range(count)]
     if frames is None and count > 1:
-        made[1] = text("hello", 96, 24, prompt=PROMPTS[1])
+        made[1] = text("hello", 96, 24, prompt=PROMPTS[1], meta=meta)
     return made
 
 
 @pytest.fixture(autouse=True, scope="module")
 def offline():
-    """Any attempt to reach a network is an error, loading included."""
+    """Any attempt to reach another machine is an error, loading included."""
+    connect = socket.socket.connect
+
+    def local(self, address):
+        assert address[0] in ("127.0.0.1", "::1"), f"a reward tried to reach {address}"
+        return connect(self, address)
 
     def refuse(*args, **kwargs):
         raise AssertionError("a reward tried to reach the network")
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("connect", "connect_ex", "sendto"):
+        patch.setattr(socket.socket, "connect", local)
+        for name in ("connect_ex", "sendto"):
             patch.setattr(socket.socket, name, refuse)
-        patch.setattr(socket, "getaddrinfo", refuse)
         yield
 
 
@@ -48,8 +63,9 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def reward(name, tmp_path_factory):
-    """The reward, built without options but for a model that it needs; the hub loads it."""
-    return build(name, {"model": MODELS[name](tmp_path_factory.mktemp(name))} if name in MODELS else {})
+    """The reward, with a tiny model where it needs one; the hub loads it."""
+    tiny = own(name, "tiny")
+    return build(name, tiny(tmp_path_factory.mktemp("tiny")) if tiny else {})
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +85,8 @@ def test_it_has_a_docstring(name):
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_it_answers_every_sample_with_fp32(hub, loaded, count):
-    samples = samples_for(loaded[1], count)
+def test_it_answers_every_sample_with_fp32(hub, loaded, count, name):
+    samples = samples_for(loaded[1], count, name)
     raw = loaded[0].score(samples)
     value = raw.value if isinstance(raw, Scores) else raw
     assert len(value) == count
@@ -81,34 +97,34 @@ def test_it_answers_every_sample_with_fp32(hub, loaded, count):
     assert not result.total.isinf().any()
 
 
-def test_it_has_a_verdict_on_something(hub, loaded):
-    assert not hub(samples_for(loaded[1], 5)).total.isnan().all()
+def test_it_has_a_verdict_on_something(hub, loaded, name):
+    assert not hub(samples_for(loaded[1], 5, name)).total.isnan().all()
 
 
-def test_it_stays_within_its_declared_range(hub, loaded):
+def test_it_stays_within_its_declared_range(hub, loaded, name):
     if loaded[1].range is not None:
         low, high = loaded[1].range
-        value = hub(samples_for(loaded[1], 5)).total
+        value = hub(samples_for(loaded[1], 5, name)).total
         assert value[~value.isnan()].min() >= low - 1e-6
         assert value[~value.isnan()].max() <= high + 1e-6
 
 
-def test_a_sample_scores_the_same_alone_and_in_a_batch(hub, loaded):
+def test_a_sample_scores_the_same_alone_and_in_a_batch(hub, loaded, name):
     if loaded[1].scope == "sample":
-        samples = samples_for(loaded[1], 5)
+        samples = samples_for(loaded[1], 5, name)
         alone = torch.cat([hub([sample]).total for sample in samples])
         torch.testing.assert_close(hub(samples).total, alone, equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
-def test_deterministic_means_bitwise_equal(hub, loaded):
+def test_deterministic_means_bitwise_equal(hub, loaded, name):
     if loaded[1].deterministic:
-        samples = samples_for(loaded[1], 5)
+        samples = samples_for(loaded[1], 5, name)
         first, again = hub(samples).total, hub(samples).total
         torch.testing.assert_close(first, again, equal_nan=True, rtol=0, atol=0)
 
 
-def test_it_leaves_its_inputs_alone(loaded):
-    samples = samples_for(loaded[1], 3)
+def test_it_leaves_its_inputs_alone(loaded, name):
+    samples = samples_for(loaded[1], 3, name)
     before = [(sample.media.clone(), copy.deepcopy(sample.meta)) for sample in samples]
     loaded[0].score(samples)
     for sample, (media, meta) in zip(samples, before, strict=True):
@@ -116,10 +132,10 @@ def test_it_leaves_its_inputs_alone(loaded):
         assert sample.meta == meta
 
 
-def test_gradients_reach_the_pixels_where_it_says_so(loaded):
+def test_gradients_reach_the_pixels_where_it_says_so(loaded, name):
     reward, traits = loaded
     if traits.differentiable:
-        samples = samples_for(traits, 3)
+        samples = samples_for(traits, 3, name)
         for sample in samples:
             sample.media.requires_grad_()
         raw = reward.score(samples)
@@ -130,9 +146,9 @@ def test_gradients_reach_the_pixels_where_it_says_so(loaded):
             assert sample.media.grad.abs().max() > 0
 
 
-def test_it_judges_videos_of_the_same_pixels_like_images(hub, loaded):
+def test_it_judges_videos_of_the_same_pixels_like_images(hub, loaded, name):
     if loaded[1].media == {"image"} and loaded[1].scope == "sample":
-        image = samples_for(loaded[1], 2)[1]
+        image = samples_for(loaded[1], 2, name)[1]
         video = type(image)(media=image.media.expand(4, 3, 96, 96), prompt=image.prompt, fps=8.0)
         torch.testing.assert_close(hub([video]).total, hub([image]).total, equal_nan=True)
 

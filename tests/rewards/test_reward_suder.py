@@ -87,6 +87,11 @@ def build_blip(folder):
     return save(folder, BlipForConditionalGeneration(config), BlipProcessor(images, tokenizer))
 
 
+def tiny(folder):
+    """For the conformance tests."""
+    return {"model": build_blip(folder)}
+
+
 def build_git(folder):
     from transformers import CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
 

@@ -1,0 +1,123 @@
+"""Where a reward's weights are: a path of yours, or the hub's cache; and how they are read without running any code.
+
+    Weights("yuvalkirstain/PickScore_v1", ("config.json", "model.safetensors"))     files of a hub repository
+    found = weights.at(source, revision).folder("pickscore")                        the folder that has them all
+
+A `source` that exists on the disk is taken as it is. Anything else is a hub id `owner/name`, looked for in the cache
+first; HF_HUB_OFFLINE=1 keeps it at that. What is not there is an error that names the file and the command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rewards.types import RewardError
+
+Model = TypeVar("Model")
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Files that belong together: a folder, one file, or a repository of the hub."""
+
+    source: str
+    """Folder, file, or hub id."""
+    names: tuple[str, ...] = ()
+    """Files of it, by paths within; () = whatever is needed is asked for by `pretrained`."""
+    revision: str = "main"
+    """Branch, tag or commit on the hub."""
+
+    def at(self, source: str | None, revision: str | None = None) -> Weights:
+        """The same files at another place; None leaves it where it is."""
+        return replace(self, source=source or self.source, revision=revision or self.revision)
+
+    @property
+    def local(self) -> Path | None:
+        """The path, where `source` is one."""
+        path = Path(self.source).expanduser()
+        return path if path.exists() else None
+
+    @property
+    def command(self) -> str:
+        """What fetches it."""
+        revision = "" if self.revision == "main" else f" --revision {self.revision}"
+        return f"hf download {' '.join([self.source, *self.names])}{revision}"
+
+    def is_here(self) -> bool:
+        """Whether all of it is on the disk already; asks no network."""
+        if self.local is not None:
+            return self.local.is_file() or all((self.local / name).is_file() for name in self.names)
+        from huggingface_hub import try_to_load_from_cache
+
+        names = self.names or ("config.json",)
+        return all(isinstance(try_to_load_from_cache(self.source, name, revision=self.revision), str) for name in names)
+
+    def file(self, reward: str, name: str | None = None) -> Path:
+        """One file (by default the first of `names`), fetched if that is allowed; RewardError names what is missing."""
+        name = name or self.names[0]
+        if self.local is not None:
+            path = self.local if self.local.is_file() else self.local / name
+            if path.is_file():
+                return path
+            raise RewardError(f"reward {reward!r}: {self.local} has no {name}. {self._mend(name)}")
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(self.source, name, revision=self.revision))
+        except Exception as error:  # offline, no such repository, no access, no such file: all end the same way
+            raise RewardError(
+                f"reward {reward!r}: {name} of {self.source!r} cannot be had. {self._mend(name)}"
+            ) from error
+
+    def _mend(self, name: str) -> str:
+        return f"Fetch it where there is a network (`{self.command}`), or give the path of your copy of {name}."
+
+    def pretrained(self, reward: str, load: Callable[..., Model], **options: Any) -> Model:
+        """`load(source, revision=..., **options)`, a `from_pretrained`, with errors that say what to do."""
+        try:
+            return load(str(self.local or self.source), revision=self.revision, **options)
+        except (OSError, ValueError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RewardError(
+                f"reward {reward!r}: {self.source!r} cannot be loaded: {first} "
+                f"Mend: fetch it where there is a network (`{self.command}`), or give the folder of your copy."
+            ) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by name of a .safetensors file, or of a .pt / .pth / .bin one, from which only tensors load.
+
+    A checkpoint that keeps its weights under "state_dict", "model" or "module" is unwrapped.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise RewardError(
+            f"{path} is no checkpoint of tensors alone ({type(error).__name__}): it is damaged, of an old format, or "
+            "asks for code to run, which is refused. Mend: fetch it again, or convert it to .safetensors."
+        ) from error
+    for key in ("state_dict", "model", "module"):
+        found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def fill(module: torch.nn.Module, tensors: dict[str, Tensor], reward: str, where: object) -> None:
+    """Load `tensors` into a module that must get all it has and nothing else; RewardError lists the difference."""
+    missing, unexpected = module.load_state_dict(tensors, strict=False)
+    if missing or unexpected:
+        told = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+                for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys]  # fmt: skip
+        raise RewardError(
+            f"reward {reward!r}: the weights in {where} are not of this network: {' and '.join(told)}. "
+            "Mend: give the file that the reward's card names (`flowrl reward info`)."
+        )

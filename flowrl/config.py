@@ -138,6 +138,8 @@ class RewardEntry(BaseModel):
     """What happens to a score before its weight: none, rank, unit, {unit: [low, high]}, {affine: [shift, scale]}."""
     gate: GateConfig | None = None
     """{min, floor}: where the raw score is below `min`, the total is at most `floor`."""
+    min_std: NonNegative = 0.0
+    """Spread of a group's raw scores below which they count as equal: the reward's own noise teaches nothing."""
     on_error: Literal["nan", "raise"] = "nan"
     """When it fails on a sample: no verdict (the sample is not trained on), or stop. Never 0."""
     device: Word | None = None
@@ -148,6 +150,8 @@ class RewardEntry(BaseModel):
     """Samples scored at a time; null = all that come."""
     frames: Count = 4
     """How many frames of a video a reward for images sees."""
+    offload: Literal["none", "cpu", "drop"] = "none"
+    """Where its weights are between calls: on its device, in main memory, or read again for each call."""
     cache: Natural = 0
     """Verdicts to remember, for rewards that are dear and deterministic."""
 
@@ -280,6 +284,8 @@ class LogConfig(Section):
     """Write TensorBoard event files into the output folder."""
     trackers: tuple[Word, ...] = ()
     """Services known to accelerate, such as wandb or swanlab; one that fails is switched off, training goes on."""
+    rollouts_every: Natural = 10
+    """Iterations between records of single samples, scores and reasons with a picture, in rollouts/; 0 = never."""
 
 
 class AlgorithmConfig(BaseModel):
@@ -326,6 +332,8 @@ class Config(Section):
     """Which method, and its hyperparameters."""
     rewards: tuple[RewardEntry, ...]
     """What is good; their weighted sum is trained on."""
+    eval_rewards: tuple[RewardEntry, ...] = ()
+    """Held out: scored in evaluations alone. Where one falls while the trained reward rises, the run says so."""
     data: DataConfig
     """Prompts and group sizes."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -344,11 +352,12 @@ class Config(Section):
         tree = dict(tree)
         if not tree.get("output_dir") and isinstance(tree.get("name"), str):
             tree["output_dir"] = f"runs/{tree['name']}"
-        rewards = tree.get("rewards")
-        if isinstance(rewards, Mapping) and "use" not in rewards:
-            tree["rewards"] = [{"use": use, "weight": weight} for use, weight in rewards.items()]
-        elif isinstance(rewards, list):
-            tree["rewards"] = [{"use": entry} if isinstance(entry, str) else entry for entry in rewards]
+        for key in ("rewards", "eval_rewards"):
+            rewards = tree.get(key)
+            if isinstance(rewards, Mapping) and "use" not in rewards:
+                tree[key] = [{"use": use, "weight": weight} for use, weight in rewards.items()]
+            elif isinstance(rewards, list):
+                tree[key] = [{"use": entry} if isinstance(entry, str) else entry for entry in rewards]
         return tree
 
     @model_validator(mode="after")
@@ -391,7 +400,7 @@ def _conflicts(config: Config) -> Iterator[tuple[Key, str]]:
             check_name(name or "any.py", package)
         except ResolveError as error:
             yield key, str(error)
-    yield from _reward_conflicts(config.rewards)
+    yield from _reward_conflicts(config.rewards, config.eval_rewards)
     updates = config.iterations * config.optimizer.updates_per_iteration
     if config.optimizer.warmup >= updates:
         yield (
@@ -417,20 +426,19 @@ def _conflicts(config: Config) -> Iterator[tuple[Key, str]]:
     yield from _plan_conflicts(config)
 
 
-def _reward_conflicts(rewards: Sequence[RewardEntry]) -> Iterator[tuple[Key, str]]:
+def _reward_conflicts(rewards: Sequence[RewardEntry], held_out: Sequence[RewardEntry]) -> Iterator[tuple[Key, str]]:
     if not rewards:
         yield ("rewards",), "the list is empty, so there is nothing to train on; add for example {use: shapes}"
     elif all(entry.weight == 0 and entry.gate is None for entry in rewards):
         yield ("rewards",), "every reward has weight 0, so there is nothing to train on; give one of them a weight"
-    seen: dict[str, int] = {}
-    for index, entry in enumerate(rewards):
-        name = entry.name or entry.use
+    seen: dict[str, str] = {}
+    places = [(key, i, entry) for key, entries in (("rewards", rewards), ("eval_rewards", held_out))
+              for i, entry in enumerate(entries)]  # fmt: skip
+    for key, index, entry in places:
+        name, place = entry.name or entry.use, f"{key}.{index}"
         if name in seen:
-            text = (
-                f"rewards.{seen[name]} and rewards.{index} are both called {name!r}; give one of them another `name:`"
-            )
-            yield ("rewards", index), text
-        seen.setdefault(name, index)
+            yield (key, index), f"{seen[name]} and {place} are both called {name!r}; give one of them another `name:`"
+        seen.setdefault(name, place)
 
 
 def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
@@ -516,13 +524,15 @@ def _deep_problems(config: Config) -> Iterator[tuple[Key, str]]:
     from rewards.types import RewardError
 
     sound = True
-    for index, entry in enumerate(config.rewards):
+    places = [("rewards", i, entry) for i, entry in enumerate(config.rewards)]
+    places += [("eval_rewards", i, entry) for i, entry in enumerate(config.eval_rewards)]
+    for key, index, entry in places:
         try:
             # Weight 1 and the CPU: a reward that is only logged, or a GPU that is elsewhere, is no problem.
             read_entries([{**entry.entry(), "weight": 1.0, "device": "cpu"}], torch.device("cpu"))
         except RewardError as error:
             sound = False
-            yield ("rewards", index), str(error)
+            yield (key, index), str(error)
     if sound and config.algorithm.build().needs.gradient:
         try:
             with RewardHub([entry.entry() | {"device": "cpu"} for entry in config.rewards], device="cpu") as hub:
@@ -611,13 +621,13 @@ def dump(config: Config) -> str:
 # ------------------------------------------------------------------------------------------------ resuming
 
 _FREE = (
-    "name", "output_dir", "checkpoint_every", "keep_checkpoints", "evaluate_every", "engine", "log",
+    "name", "output_dir", "checkpoint_every", "keep_checkpoints", "evaluate_every", "engine", "log", "eval_rewards",
     "model.decode_micro_batch", "model.decode_tiling", "model.rollout_micro_batch", "model.gradient_checkpointing",
     "optimizer.micro_batch",
     "optimizer.update", "data.max_no_verdict", "data.evaluation.batch_size", "data.evaluation.grid_prompts",
     "data.evaluation.headline", "data.evaluation.patience",
 )  # fmt: skip
-_FREE_REWARD = ("device", "batch_size", "cache")
+_FREE_REWARD = ("device", "batch_size", "cache", "offload")
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class Evaluation:
     """Each reward and each of its parts (`reward.part`), [N]; NaN = no verdict."""
     measures: dict[str, tuple[float, float | None]]
     """Numbers about the set as a whole, with their standard errors where known."""
+    total: Tensor | None = None
+    """The reward that is trained on, [N]."""
     media: Tensor | None = None
     """[N,F,3,H,W]; dropped where nobody shows it."""
 
@@ -89,8 +91,12 @@ def evaluate(
     measures: Sequence[Measure] = (),
     batch: int = 150,
     guide: Guidance | None = None,
+    held_out: RewardHub | None = None,
 ) -> Evaluation:
-    """Sample one medium for each prompt with the averaged weights, and score it; `guide` changes the velocity."""
+    """Sample one medium for each prompt with the averaged weights, and score it; `guide` changes the velocity.
+
+    `held_out` are rewards that are not trained on.
+    """
     with policy.averaged():
         media = sample(
             policy, prompts, range(len(prompts)), conditions, geometry, num_steps=num_steps, seed=seed, batch=batch,
@@ -98,13 +104,15 @@ def evaluate(
         )  # fmt: skip
     ids = {p.id: i for i, p in enumerate(prompts)}
     group = torch.tensor([ids[p.id] for p in prompts])
-    result = hub(samples_of(media, prompts, torch.arange(len(prompts)), group))
-    scores = dict(result.scores)
-    for name, parts in result.parts.items():
-        scores |= {f"{name}.{part}": value for part, value in parts.items()}
+    samples = samples_of(media, prompts, torch.arange(len(prompts)), group)
+    result, *others = [each(samples) for each in (hub, held_out) if each is not None]
+    scores: dict[str, Tensor] = {}
+    for answer in (result, *others):
+        scores |= answer.scores
+        scores |= {f"{name}.{part}": value for name, parts in answer.parts.items() for part, value in parts.items()}
     shown = media[:, 0] if media.shape[1] == 1 else media
     found: dict[str, tuple[float, float | None]] = {}
     for measure in measures:
         for name, value in measure(shown, [p.text for p in prompts], group).items():
             found[name] = (float(value[0]), float(value[1])) if isinstance(value, tuple) else (float(value), None)
-    return Evaluation(prompts=list(prompts), scores=scores, measures=found, media=media)
+    return Evaluation(prompts=list(prompts), scores=scores, total=result.total, measures=found, media=media)

@@ -35,6 +35,7 @@ from flowrl.data import PromptSampler, fingerprint, load_prompts, shard
 from flowrl.engine import EngineError, connect, together
 from flowrl.evaluate import Evaluation, evaluate, evaluation_prompts
 from flowrl.faults import fault
+from flowrl.hacking import TOTAL, look
 from flowrl.history import PromptHistory
 from flowrl.log import RunLog, plain, write_atomic
 from flowrl.metrics import PhaseTimer
@@ -43,6 +44,7 @@ from flowrl.policy import Policy
 from flowrl.record import Recorder
 from flowrl.report import headline, save_grid, table_lines, write_report
 from flowrl.resolve import resolve
+from flowrl.rollouts import forget_after, write_rollout
 from flowrl.types import Algorithm, Batch, Prompt
 from flowrl.update import Updater, deal, learning_rate_factor
 from rewards import HubResult, RewardHub
@@ -109,6 +111,7 @@ class Trainer:
         }
         """What must be the same when the run is resumed."""
         self.hub = RewardHub([entry.entry() for entry in config.rewards], device=self.engine.device, max_nan_frac=None)
+        self.held_out = RewardHub(_held_out(config), device=self.engine.device) if config.eval_rewards else None
         needs = self.algorithm.needs
         if needs.gradient:
             self.hub.check_differentiable()
@@ -160,7 +163,9 @@ class Trainer:
         with self._running():
             self._agree()
             with together(self.engine):
-                self.hub.warmup()
+                self.hub.warmup(gradient=self.algorithm.needs.gradient)
+                if self.held_out is not None and self.main:
+                    self.held_out.warmup()
             self._evaluate_if_due()
             while not self._done():
                 self.log.write(self.iteration, self.step(self.iteration))
@@ -200,6 +205,8 @@ class Trainer:
 
         with phase("gather"):
             table, scores = self._gather(batch, result)
+        if judged and self.main and due(iteration, self.config.log.rollouts_every):
+            write_rollout(self.folder / "rollouts", iteration, batch, result)
         with self._saving_what_is_done():
             for name in scores.keys() & self.watches.keys():
                 told = [row[name]["error"] for row in result.info if "error" in row[name]]
@@ -232,6 +239,7 @@ class Trainer:
         roles = ("rollout", "train", "old", "reference", "teacher")
         calls = {role: self._total(self.policy.calls[role] - calls_before.get(role, 0)) for role in roles}
         rewards = reward_metrics(table, scores, per_prompt) if self.algorithm.needs.rewards else {}
+        rewards |= {f"time/reward/{name}": seconds for name, seconds in result.seconds.items()}
         return (
             metrics
             | rewards
@@ -389,6 +397,7 @@ class Trainer:
             found = evaluate(
                 self.policy, self.eval_prompts, self.hub, self.conditions, self.geometry, num_steps=settings.num_steps,
                 seed=settings.seed, measures=self.measures, batch=settings.batch_size,
+                held_out=self.held_out,
             )  # fmt: skip
             summary = found.summary() | {"train_seconds": self.seconds}
             save_grid(found, self.folder / "samples" / f"{self.iteration:06d}.png", settings.grid_prompts)
@@ -396,17 +405,23 @@ class Trainer:
             self.log.evaluation(self.iteration, summary)
             self.log.say(f"evaluation after {self.iteration} iterations: {headline(summary)}")
             self.evaluations[str(self.iteration)] = summary  # from here on a checkpoint says that it is done
+            if self.held_out is not None:
+                for alarm in look(self.folder, map(int, self.evaluations), self.held_out.rules):
+                    self.log.say(f"warning: {alarm}")
+                    summary.setdefault("alarms", []).append(str(alarm))
             if settings.keep == "best" and self._best_evaluation() == self.iteration:
                 self.best = self.policy.state_dict()
 
     def _remember_scores(self, found: Evaluation) -> None:
         """Per-sample scores beside the picture: what paired standard errors are made of."""
-        rows = {name: [None if math.isnan(x) else x for x in score.tolist()] for name, score in found.scores.items()}
+        total = {} if found.total is None else {TOTAL: found.total}
+        rows = {name: [None if math.isnan(x) else x for x in s.tolist()] for name, s in (found.scores | total).items()}
         texts = [p.text for p in found.prompts]
         categories = [str(p.metadata.get("category", "")) for p in found.prompts]
         path = self.folder / "samples" / f"{self.iteration:06d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"prompts": texts, "categories": categories, "scores": rows}))
+        top = {name: rows.pop(name) for name in total}
+        path.write_text(json.dumps({"prompts": texts, "categories": categories, "scores": rows} | top))
 
     # -------------------------------------------------------------------------------------------- stopping, going on
 
@@ -427,7 +442,7 @@ class Trainer:
 
     def _let_go(self) -> None:
         """Close what is open and give the folder back, however far construction came."""
-        for part in (getattr(self, "hub", None), getattr(self, "log", None)):
+        for part in (getattr(self, name, None) for name in ("hub", "held_out", "log")):
             if part is not None:
                 part.close()
         if self.lock is not None:
@@ -446,6 +461,7 @@ class Trainer:
 
     def _forget_later_samples(self) -> None:
         """Evaluations of a history that was left, as `log` forgets its rows: the report takes the last for the end."""
+        forget_after(self.folder / "rollouts", self.iteration)
         for path in (self.folder / "samples").glob("[0-9]*"):
             if path.stem.isdigit() and int(path.stem) > self.iteration:
                 path.unlink()
@@ -572,6 +588,11 @@ class Trainer:
         )
 
 
+def _held_out(config: Config) -> list[dict[str, Any]]:
+    """Entries of the held-out rewards, each with a weight that has no meaning but that it is not a mistake."""
+    return [entry.entry() | {"weight": 1.0} for entry in config.eval_rewards]
+
+
 def load_model(config: Config) -> Any:
     """The generator of a config."""
     tokens = config.model.max_sequence_length
@@ -637,7 +658,12 @@ def reward_metrics(table: Tensor, scores: Mapping[str, Tensor], samples_per_prom
         "reward/group_std": torch.stack(spread).mean().item() if spread else math.nan,
     }
     out |= {name: float(value) for name, value in group_advantages(table, group).metrics.items()}
-    return out | {f"score/{name}": score.nanmean().item() for name, score in scores.items()}
+    for name, score in scores.items():
+        own = [g[g.isfinite()].std(correction=0) for g in score.view(-1, samples_per_prompt) if g.isfinite().sum() > 1]
+        out[f"score/{name}"] = score.nanmean().item()
+        out[f"score_group_std/{name}"] = torch.stack(own).mean().item() if own else math.nan
+        out[f"score_no_verdict/{name}"] = score.isnan().double().mean().item()
+    return out
 
 
 def _unjudged(batch: Batch) -> HubResult:

@@ -2,6 +2,10 @@
 
     total = sum_r weight_r * norm_r(score_r)     and   total = min(total, floor) where a gate's score is below its min
 
+A group whose scores spread less than `min_std` are worth their mean, all of them: what differs there is the reward's
+own noise, and an advantage divided by its spread would make a lesson of it (Pref-GRPO's "illusory advantage",
+arXiv:2508.20751).
+
 NaN is no verdict, and stays one: a sample is scored by all weighted rewards or by none. With `renormalise` the rewards
 that did answer stand in for those that did not; then totals of one group are means of different things, which is why it
 is off.
@@ -38,6 +42,8 @@ class Rule:
     rank: bool = False
     """The score enters as its rank within the group, 0 = worst to 1 = best, ties at their mean."""
     gate: Gate | None = None
+    min_std: float = 0.0
+    """Spread (std) of raw scores below which the samples of a group count as equal; what repeats of one sample give."""
 
     @property
     def counts(self) -> bool:
@@ -54,12 +60,16 @@ class Rule:
             )
         if self.weight != 0 and self.rank:
             found.append("norm: rank is flat between its jumps. Mend: norm: none, unit or affine.")
+        if self.weight != 0 and self.min_std:
+            found.append("min_std compares groups, which have no gradient here. Mend: min_std: 0.")
         if self.gate is not None:
             found.append("a gate is a step, whose gradient is 0. Mend: remove `gate`, or add a weighted reward for it.")
         return found
 
 
-def make_rule(name: str, weight: Any, norm: Any, gate: Any, score_range: tuple[float, float] | None) -> Rule:
+def make_rule(
+    name: str, weight: Any, norm: Any, gate: Any, score_range: tuple[float, float] | None, min_std: Any = 0.0
+) -> Rule:
     """A `Rule` from config values.
 
     norm    none | rank | unit (the reward's declared range -> [0, 1]) | {unit: [low, high]} | {affine: [shift, scale]}
@@ -67,8 +77,14 @@ def make_rule(name: str, weight: Any, norm: Any, gate: Any, score_range: tuple[f
     """
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise RewardError(f"reward {name!r}: weight is {weight!r}; expected a number")
+    if isinstance(min_std, bool) or not isinstance(min_std, int | float) or not min_std >= 0:
+        raise RewardError(f"reward {name!r}: min_std is {min_std!r}; expected a number of at least 0")
     return Rule(
-        weight=float(weight), affine=_affine(name, norm, score_range), rank=norm == "rank", gate=_gate(name, gate)
+        weight=float(weight),
+        affine=_affine(name, norm, score_range),
+        rank=norm == "rank",
+        gate=_gate(name, gate),
+        min_std=float(min_std),
     )
 
 
@@ -101,7 +117,7 @@ def _gate(name: str, gate: Any) -> Gate | None:
 def combine(
     scores: Mapping[str, Tensor], rules: Mapping[str, Rule], group: Tensor, *, renormalise: bool = False
 ) -> Tensor:
-    """Total [N] of `scores` {name: [N]}; `group` int [N] matters to `norm: rank` alone."""
+    """Total [N] of `scores` {name: [N]}; `group` int [N] matters to `norm: rank` and `min_std`."""
     counted = {name: rule for name, rule in rules.items() if rule.counts}
     if not counted:
         raise RewardError("every reward has weight 0, so there is nothing to train on; give one a weight")
@@ -123,6 +139,8 @@ def combine(
 
 def normalised(score: Tensor, rule: Rule, group: Tensor) -> Tensor:
     """A reward's score [N] as it enters the sum, before its weight."""
+    if rule.min_std:
+        score = levelled(score, group, rule.min_std)
     if rule.rank:
         return ranks(score, group)
     shift, scale = rule.affine
@@ -139,6 +157,16 @@ def ranks(score: Tensor, group: Tensor) -> Tensor:
     equal = (peers & (score[None, :] == score[:, None])).sum(1)
     rank = (below + (equal - 1) / 2) / (peers.sum(1) - 1)
     return torch.where(score.isnan(), score, torch.where(peers.sum(1) > 1, rank, 0.5))
+
+
+def levelled(score: Tensor, group: Tensor, min_std: float) -> Tensor:
+    """Scores [N] with those of a group whose std (of its verdicts, population) is below `min_std` set to their mean."""
+    level = score.clone()
+    for each in torch.unique(group):
+        rows = (group == each) & ~score.isnan()
+        if rows.any() and score[rows].std(correction=0) < min_std:
+            level[rows] = score[rows].mean()
+    return level
 
 
 def _gated(total: Tensor, score: Tensor, gate: Gate) -> Tensor:

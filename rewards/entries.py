@@ -35,11 +35,13 @@ class Entry:
     weight: Any = 1.0
     norm: Any = None
     gate: Any = None
+    min_std: Any = 0.0
     on_error: str = "nan"
     device: str | torch.device | None = None
     dtype: str | torch.dtype = "float32"
     batch_size: int | None = None
     frames: int = 4
+    offload: str = "none"
     cache: int = 0
     """How many verdicts to remember."""
 
@@ -99,9 +101,10 @@ def _read(entry: Any, device: torch.device) -> tuple[Scorer, Rule]:
         batch_size=_at_least_one(name, "batch_size", read.batch_size),
         on_error=_on_error(name, read.on_error),
         frames=_at_least_one(name, "frames", read.frames) or 1,
+        offload=_offload(name, read.offload),
         cache=_cache(name, read.cache, traits, f"{read.use!r} {options!r} {read.dtype} {read.frames}"),
     )
-    return scorer, make_rule(name, read.weight, read.norm, read.gate, traits.range)
+    return scorer, make_rule(name, read.weight, read.norm, read.gate, traits.range, read.min_std)
 
 
 def _default_name(use: Any) -> str:
@@ -124,6 +127,15 @@ def _on_error(name: str, policy: Any) -> Literal["nan", "raise"]:
     raise RewardError(
         f"reward {name!r}: on_error is {policy!r}; expected nan (no verdict on that sample) or raise. "
         "There is no 0: a policy would learn from it."
+    )
+
+
+def _offload(name: str, where: Any) -> Literal["none", "cpu", "drop"]:
+    if where in ("none", "cpu", "drop"):
+        return where
+    raise RewardError(
+        f"reward {name!r}: offload is {where!r}; expected none (the weights stay where they score), cpu (they wait in "
+        "the main memory between calls) or drop (they are read again for every call)"
     )
 
 

@@ -198,14 +198,19 @@ class RewardHub:
             f"Mend: give a weight to a reward that has {', '.join(EMBEDS)}, as rewards.types.Embeds says."
         )
 
-    def warmup(self, samples: Sequence[Sample] | None = None) -> dict[str, float]:
+    def warmup(self, samples: Sequence[Sample] | None = None, *, gradient: bool = False) -> dict[str, float]:
         """Load every reward and let it score two samples (made up, or yours); seconds by reward.
+
+        `gradient`: the weighted ones are differentiated too, as `differentiate` will do it.
 
         Here every exception raises, whatever `on_error` says: a reward that fails before the first iteration is not a
         reward with an unlucky sample. A reward that needs `meta` is only loaded, unless your samples have it.
         """
         given = None if samples is None else _checked(samples)
-        futures = {name: self._lanes[s.device].submit(s.warm, given) for name, s in self._scorers.items()}
+        futures = {
+            name: self._lanes[s.device].submit(s.warm, given, gradient and self.rules[name].weight != 0)
+            for name, s in self._scorers.items()
+        }
         return {name: future.result() for name, future in futures.items()}
 
     def close(self) -> None:

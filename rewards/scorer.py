@@ -53,12 +53,18 @@ class Scorer:
     on_error: Literal["nan", "raise"] = "nan"
     frames: int = 4
     """How many frames of a video a reward for images sees."""
+    offload: Literal["none", "cpu", "drop"] = "none"
+    """Where the weights are between calls: on the device, in main memory, or nowhere."""
     cache: ScoreCache | None = None
     _loaded: bool = False
+    _away: bool = False
     _warned: set[str] = field(default_factory=set)
 
     def load(self) -> None:
-        """Bring the weights in, once."""
+        """Bring the weights in, once, or back from where they waited."""
+        if self._away:
+            self._move(self.device)
+            self._away = False
         if self._loaded:
             return
         try:
@@ -76,14 +82,36 @@ class Scorer:
             self.reward.unload()
         self._loaded = False
 
-    def warm(self, samples: Sequence[Sample] | None) -> float:
-        """Load, and score some samples (by default made-up ones) with no mercy for errors; the seconds that it took."""
+    def put_away(self) -> None:
+        """Make room on the device after a call, as `offload` says."""
+        if self.offload == "drop":
+            self.unload()
+        elif self.offload == "cpu" and self.device.type != "cpu":
+            self._move(torch.device("cpu"))
+            self._away = True
+        if self.offload != "none" and self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _move(self, device: torch.device) -> None:
+        for module in modules_of(self.reward):
+            module.to(device)
+
+    def warm(self, samples: Sequence[Sample] | None, gradient: bool = False) -> float:
+        """Load, and score some samples (by default made-up ones) with no mercy for errors; the seconds that it took.
+
+        With `gradient` the way back is tried too, so that a reward without one is found before the first iteration.
+        """
         if samples is None and self.traits.needs:
             samples = []  # what a reward needs cannot be made up: it is only loaded
         policy, self.on_error = self.on_error, "raise"
         try:
             made_up = made_up_samples("image" if "image" in self.traits.media else "video")
-            return self.run(made_up if samples is None else samples, {})[1]
+            given = made_up if samples is None else samples
+            seconds = self.run(given, {})[1]
+            if gradient:
+                self.differentiate([replace(s, media=s.media.detach().clone().requires_grad_()) for s in given], {})
+                self.put_away()
+            return seconds
         finally:
             self.on_error = policy
 
@@ -104,6 +132,7 @@ class Scorer:
             known = {row for row, key in keys.items() if self.cache.recall(key, row, sheet)}
             self._score([[row] for row in keys if row not in known], samples, sheet)
             self.cache.remember({row: key for row, key in keys.items() if row not in known}, sheet)
+        self.put_away()
         return sheet.scores(), time.perf_counter() - start
 
     @torch.enable_grad()
@@ -291,6 +320,15 @@ def made_up_samples(kind: MediaKind, count: int = 2) -> list[Sample]:
         Sample(media=torch.rand(shape, generator=generator), prompt='a sign that says "hello"', fps=8.0)
         for _ in range(count)
     ]
+
+
+def modules_of(reward: object) -> list[torch.nn.Module]:
+    """The networks that a reward holds as attributes, itself or in helpers of this package."""
+    held = list(vars(reward).values()) if hasattr(reward, "__dict__") else []
+    helpers = [value for value in held if type(value).__module__.startswith("rewards.") and hasattr(value, "__dict__")]
+    found = [value for value in held if isinstance(value, torch.nn.Module)]
+    found += [value for helper in helpers if not isinstance(helper, torch.nn.Module) for value in modules_of(helper)]
+    return list({id(module): module for module in found}.values())
 
 
 def _mean(looks: Sequence[Scores]) -> Scores:

@@ -119,3 +119,25 @@ def test_all_weights_zero_is_nothing_to_train_on():
 def test_a_rule_that_means_nothing_is_refused(rule, message):
     with pytest.raises(RewardError, match=message):
         total({"a": [1.0] * 5}, a=rule)
+
+
+def test_a_group_that_spreads_less_than_min_std_is_worth_its_mean():
+    """Group 0 has std sqrt(2/3)/10 = 0.0816, group 1 std 0.5; population std of the verdicts."""
+    scores = {"a": [1.0, 1.1, 1.2, 4, 5]}
+    same(total(scores, a={"min_std": 0.09}), [1.1, 1.1, 1.1, 4, 5])
+    same(total(scores, a={"min_std": 0.08}), [1.0, 1.1, 1.2, 4, 5])
+    same(total({"a": [1.0, NAN, 1.2, 4, 5]}, a={"min_std": 0.11, "weight": 2.0}), [2.2, NAN, 2.2, 8, 10])
+    same(total(scores, a={"min_std": 0.09, "norm": "rank"}), [0.5, 0.5, 0.5, 0, 1])
+    same(total({"a": [NAN, NAN, NAN, 4, 5]}, a={"min_std": 0.6}), [NAN, NAN, NAN, 4.5, 4.5])
+
+
+def test_noise_of_a_reward_does_not_become_an_advantage():
+    """The other reward's differences lead where this one's are below its noise."""
+    both = total({"a": [1.0, 1.001, 0.999, 1, 3], "b": [0.0, 1, 2, 0, 0]}, a={"min_std": 0.01}, b={})
+    same(both, [1.0, 2, 3, 1, 3])
+
+
+def test_min_std_must_be_a_number_of_at_least_zero():
+    for bad in (-1, "much", True, NAN):
+        with pytest.raises(RewardError, match="min_std"):
+            make_rule("a", 1.0, None, None, None, bad)

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flowrl.reward_cli import reward_app
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Fine-tune text-to-image and text-to-video models by RL."
 )
@@ -21,7 +23,6 @@ app.add_typer(config_app, name="config")
 app.add_typer(shapes_app, name="shapes")
 pairs_app = typer.Typer(no_args_is_help=True, help="Pairs of samples to learn preferences from: make and look at them.")
 app.add_typer(pairs_app, name="pairs")
-reward_app = typer.Typer(no_args_is_help=True, help="Rewards of noised latents, to guide sampling with.")
 app.add_typer(reward_app, name="reward")
 console = Console()
 

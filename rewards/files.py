@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ class Weights:
         return path if path.exists() else None
 
     @property
+    def is_path(self) -> bool:
+        """Whether `source` can only be a path: no hub id begins or looks like that."""
+        return self.source.startswith((".", "/", "~")) or self.source.count("/") > 1
+
+    @property
     def command(self) -> str:
         """What fetches it."""
         revision = "" if self.revision == "main" else f" --revision {self.revision}"
@@ -53,6 +59,8 @@ class Weights:
         """Whether all of it is on the disk already; asks no network."""
         if self.local is not None:
             return self.local.is_file() or all((self.local / name).is_file() for name in self.names)
+        if self.is_path:
+            return False
         from huggingface_hub import try_to_load_from_cache
 
         names = self.names or ("config.json",)
@@ -66,6 +74,7 @@ class Weights:
             if path.is_file():
                 return path
             raise RewardError(f"reward {reward!r}: {self.local} has no {name}. {self._mend(name)}")
+        self._refuse_lost_path(reward)
         from huggingface_hub import hf_hub_download
 
         try:
@@ -78,8 +87,15 @@ class Weights:
     def _mend(self, name: str) -> str:
         return f"Fetch it where there is a network (`{self.command}`), or give the path of your copy of {name}."
 
+    def _refuse_lost_path(self, reward: str) -> None:
+        if self.is_path and self.local is None:
+            raise RewardError(
+                f"reward {reward!r}: {self.source} does not exist; give the path of your copy, or a hub id."
+            )
+
     def pretrained(self, reward: str, load: Callable[..., Model], **options: Any) -> Model:
         """`load(source, revision=..., **options)`, a `from_pretrained`, with errors that say what to do."""
+        self._refuse_lost_path(reward)
         try:
             return load(str(self.local or self.source), revision=self.revision, **options)
         except (OSError, ValueError) as error:
@@ -100,7 +116,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
         return load_file(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))  # torch < 1.6 wrote none
     except Exception as error:
         raise RewardError(
             f"{path} is no checkpoint of tensors alone ({type(error).__name__}): it is damaged, of an old format, or "
@@ -113,7 +129,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def fill(module: torch.nn.Module, tensors: dict[str, Tensor], reward: str, where: object) -> None:
     """Load `tensors` into a module that must get all it has and nothing else; RewardError lists the difference."""
-    missing, unexpected = module.load_state_dict(tensors, strict=False)
+    try:
+        missing, unexpected = module.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:  # a tensor of another shape
+        raise RewardError(f"reward {reward!r}: the weights in {where} are not of this network: {error}") from error
     if missing or unexpected:
         told = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
                 for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys]  # fmt: skip

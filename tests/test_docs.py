@@ -308,5 +308,6 @@ def test_the_metrics_are_the_described_ones(tmp_path):
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("## metrics.jsonl")[1].split("\n## ")[0]
     described = {key for cell in re.findall(r"^\| (`.+?) \|", text, re.M) for key in re.findall(r"`([^`]+)`", cell)}
     patterns = {key for key in described if "<" in key}
-    assert {re.sub(r"^score/.*", "score/<name>", key) for key in row} == described
-    assert patterns == {"score/<name>"}
+    prefixes = ("score", "score_group_std", "score_no_verdict", "time/reward")
+    assert {re.sub(rf"^({'|'.join(prefixes)})/.*", r"\1/<name>", key) for key in row} == described
+    assert patterns == {f"{prefix}/<name>" for prefix in prefixes}

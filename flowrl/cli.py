@@ -327,6 +327,19 @@ def shapes_twins(
     console.print(f"wrote {output}: {2 * count} pairs")
 
 
+@shapes_app.command("preferences")
+def shapes_preferences(
+    output: Annotated[Path, typer.Argument(help="Folder of the preferences.")],
+    count: Annotated[int, typer.Option(help="Pairs of pictures, one of them right.", min=1)] = 400,
+    seed: int = 0,
+) -> None:
+    """Write pairs of pictures of which one is better, and why: what `flowrl reward eval` measures rewards on."""
+    from flowrl.shapes.preferences import write_preferences
+
+    write_preferences(output, count, seed)
+    console.print(f"wrote {output}; try: flowrl reward eval shapes shapes_clip ocr --data {output}")
+
+
 def _checked(config: Path, overrides: list[str] | None):  # type: ignore[no-untyped-def]
     """The config, after everything that can be found wrong with it before weights are loaded."""
     from flowrl.config import ConfigError, check, load_config

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -61,7 +62,8 @@ def reward_info(name: Name) -> None:
     rows += [("weights", f"{w.source}: {', '.join(w.names) or 'all of it'}") for w in each.card.weights]
     rows += [("memory", each.size), ("note", each.card.note or "–")]
     rows += [("option", f"{option} = {default}") for option, default in options_of(use)]
-    rows += [("published", str(figure)) for figure in published(use)]
+    rows += [("published", f"{f.value:g} % {f.metric}, {f.benchmark} {f.split}, ties: {f.ties} ({f.source})")
+             for f in published(use)]  # fmt: skip
     rows += [("runs here", "yes")] if each.runs else [("missing", f"{what}   mend: {m}") for what, m in each.obstacles]
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
@@ -109,13 +111,15 @@ def reward_score(
 @reward_app.command("eval")
 def reward_eval(
     names: Names,
-    data: Annotated[Path, typer.Option(help="Preferences: a .jsonl, a folder, or a local copy of a data set.")],
+    data: Annotated[Path, typer.Option(help="Preferences: a .jsonl, a folder, or a local copy of a benchmark.")],
     layout: Annotated[
-        str, typer.Option("--format", help="native, pairs, pickapic, hpdv2, imagereward, genai, videogen, mmrb2.")
-    ] = "native",
-    limit: Annotated[int | None, typer.Option(help="Only the first so many comparisons.", min=1)] = None,
+        str, typer.Option("--format", help="auto, native, store, pickapic, hpdv2, imagereward, genai, videogen, mmrb2.")
+    ] = "auto",
+    images: Annotated[Path | None, typer.Option(help="Folder of the media, if it is not the usual one.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Most frames a second kept of a video file.")] = None,
+    dev: Annotated[float, typer.Option(help="Share of the prompts that thresholds are fitted on.")] = 0.2,
     device: Device = "auto",
-    batch_size: Annotated[int, typer.Option(help="Pictures read and scored at a time.", min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(help="Media in memory at a time.", min=1)] = 16,
     seed: int = 0,
     output: Output = None,
 ) -> None:
@@ -123,8 +127,9 @@ def reward_eval(
     from rewards.evaluate import evaluate
     from rewards.preferences import read_preferences
 
-    comparisons = read_preferences(data, layout, limit=limit)
-    report = evaluate([_entry(name) for name in names], comparisons, device=device, batch_size=batch_size, seed=seed)
+    preferences = read_preferences(data, layout, images=images, fps=fps)
+    entries = [_entry(name) for name in names]
+    report = evaluate(entries, preferences, device=device, batch_size=batch_size, seed=seed, dev=dev)
     _report(report, output)
 
 
@@ -188,18 +193,20 @@ def reward_serve(
 @reward_app.command("table")
 def reward_table(
     benchmark: Annotated[str | None, typer.Option(help="Only this benchmark.")] = None,
-    kind: Annotated[Literal["text", "markdown"], typer.Option("--format", help="How it is printed.")] = "text",
+    model: Annotated[str | None, typer.Option(help="Only this model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")] = False,
 ) -> None:
     """Published accuracies of reward models, each with its split, its rule for ties and its source."""
-    from rewards.published import published, to_markdown
+    from rewards.published import published
 
-    figures = published(benchmark=benchmark)
-    if kind == "markdown":
-        print(to_markdown(figures))
+    figures = published(model=model, benchmark=benchmark)
+    if as_json:
+        print(json.dumps([asdict(figure) for figure in figures], indent=2))
         return
-    table = Table("model", "benchmark", "split", "metric", "value", "ties", "source", box=None)
+    table = Table("model", "benchmark", "split", "metric", "value", "ties", "source, note", box=None)
     for f in figures:
-        cells = (f.model, f.benchmark, f.split, f.metric, f"{f.value:g}", f.ties, f.source)
+        source = f"{f.source} {f.note}".rstrip()
+        cells = (f.model, f.benchmark, f.split, f.metric, f"{f.value:g}", f.ties, source)
         table.add_row(*(Text(cell, overflow="fold") for cell in cells))
     console.print(table)
 
@@ -246,8 +253,7 @@ def _report(report: Any, output: Path | None) -> None:
     if output.suffix not in (".json", ".md"):
         raise RewardError(f"--output {output}: the report is written as .json or .md; give a name that ends so")
     output.parent.mkdir(parents=True, exist_ok=True)
-    text = report.to_markdown() if output.suffix == ".md" else json.dumps(report.to_json(), indent=2, allow_nan=False)
-    output.write_text(text + "\n", encoding="utf-8")
+    output.write_text(report.to_markdown() if output.suffix == ".md" else report.to_json(), encoding="utf-8")
     console.print(f"wrote {output}")
 
 

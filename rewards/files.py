@@ -111,12 +111,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     A checkpoint that keeps its weights under "state_dict", "model" or "module" is unwrapped.
     """
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))  # torch < 1.6 wrote none
+        if not isinstance(found, dict):
+            raise TypeError(f"a {type(found).__name__}, not tensors by name")
     except Exception as error:
         raise RewardError(
             f"{path} is no checkpoint of tensors alone ({type(error).__name__}): it is damaged, of an old format, or "

@@ -9,14 +9,14 @@ In metadata.jsonl the file is called `file` or, as in the hub's image folders, `
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from rewards.media import from_pil
@@ -24,6 +24,7 @@ from rewards.types import RewardError, Sample
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # all that PIL may try: some of its other formats start programs
 LISTS = ("metadata.jsonl", "prompts.jsonl")
 
 
@@ -43,37 +44,68 @@ def read_media(
     return samples, [file for file, _, _ in rows]
 
 
-def read(file: Path) -> tuple[Tensor, float | None]:
-    """A picture [3,H,W] or a video [F,3,H,W] in [0,1], and the video's frames per second."""
-    if file.is_dir():
-        frames = sorted(path for path in file.iterdir() if path.suffix.lower() in IMAGES)
-        if not frames:
-            raise RewardError(f"{file} has no pictures: a folder that is one video holds its frames")
-        return torch.stack([read(frame)[0] for frame in frames]), None
-    if not file.is_file():
+def read(file: Path, fps: float | None = None) -> tuple[Tensor, float | None]:
+    """A picture [3,H,W] or a video [F,3,H,W] in [0,1], and the video's frames per second.
+
+    A folder is a video's frames, a .safetensors one of a pair store. Of a video file at most `fps` frames a second are
+    kept, evenly spaced. RewardError names a file that cannot be read.
+    """
+    if not file.exists():
         raise RewardError(f"{file} does not exist")
-    if file.suffix.lower() in VIDEOS:
-        return _video(file)
     try:
-        with Image.open(file) as image:
-            return from_pil(image), None
-    except (UnidentifiedImageError, OSError) as error:
-        raise RewardError(f"{file} is no picture that can be read: {error}") from error
+        if file.is_dir():
+            return _frames(file), None
+        if file.suffix == ".safetensors":
+            return _stored(file), None
+        if file.suffix.lower() in VIDEOS:
+            return _video(file, fps)
+        return picture(file.read_bytes()), None
+    except RewardError:
+        raise
+    except Exception as error:  # PIL, PyAV and safetensors raise what they like about damaged files
+        raise RewardError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _video(file: Path) -> tuple[Tensor, float | None]:
+def picture(data: bytes) -> Tensor:
+    """The bytes of a PNG, JPEG, WEBP or BMP as [3,H,W] in [0,1]."""
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        return from_pil(image)
+
+
+def _frames(folder: Path) -> Tensor:
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+    if not files:
+        raise RewardError(f"{folder} holds no frames ({', '.join(IMAGES)})")
+    frames = [picture(file.read_bytes()) for file in files]
+    if len({frame.shape for frame in frames}) > 1:
+        raise RewardError(f"{folder}: its frames differ in size")
+    return torch.stack(frames)
+
+
+def _stored(file: Path) -> Tensor:
+    """A video of a pair store: one tensor "media", uint8 [F,3,H,W]."""
+    from safetensors.torch import load_file
+
+    return load_file(file)["media"].float() / 255
+
+
+def _video(file: Path, most: float | None) -> tuple[Tensor, float | None]:
     try:
         import av
     except ImportError as error:
-        raise RewardError(f'{file} is a video; reading it needs PyAV: pip install -e ".[video]"') from error
-    try:
-        with av.open(str(file)) as container:
-            stream = container.streams.video[0]
-            arrays = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-            rate = float(stream.average_rate) if stream.average_rate else None
-    except (av.error.FFmpegError, IndexError) as error:
-        raise RewardError(f"{file} is no video that can be read: {error}") from error
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255, rate
+        raise RewardError(f'{file} is a video, and PyAV is not installed: pip install -e ".[video]"') from error
+    with av.open(str(file)) as container:
+        stream = container.streams.video[0]
+        fps = float(stream.average_rate) if stream.average_rate else None
+        step = 1.0 if most is None or fps is None else max(1.0, fps / most)
+        kept, due = [], 0.0
+        for number, frame in enumerate(container.decode(stream)):
+            if number >= due:
+                kept.append(torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float() / 255)
+                due += step
+    if not kept:
+        raise RewardError(f"{file} holds no frame")
+    return torch.stack(kept), None if fps is None else fps / step
 
 
 def _rows(path: Path, prompt: str, meta: Mapping[str, Any]) -> list[tuple[Path, str, dict[str, Any]]]:

@@ -6,7 +6,8 @@
         result = hub.result(ticket)           # waits for what is not done yet
 
 Every device has one lane: a thread that takes jobs in the order in which they came. Rewards on different devices run at
-the same time, those on one device after each other, so that they do not fight for its memory.
+the same time, those on one device after each other, so that they do not fight for its memory. A reward that runs
+elsewhere has a lane of its own.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ class RewardHub:
             if rule.counts and max_nan_frac is not None
         }
         self._lanes = {
-            device: ThreadPoolExecutor(1, thread_name_prefix=f"reward-{device}")
-            for device in {scorer.device for scorer in self._scorers.values()}
+            lane: ThreadPoolExecutor(1, thread_name_prefix=f"reward-{lane}")
+            for lane in {scorer.lane for scorer in self._scorers.values()}
         }
 
     def submit(self, samples: Sequence[Sample]) -> Ticket:
@@ -115,7 +116,7 @@ class RewardHub:
 
             return score
 
-        futures = {name: self._lanes[scorer.device].submit(job(scorer)) for name, scorer in self._scorers.items()}
+        futures = {name: self._lanes[scorer.lane].submit(job(scorer)) for name, scorer in self._scorers.items()}
         return Ticket(group=torch.tensor([sample.group for sample in batch]), futures=futures)
 
     def result(self, ticket: Ticket) -> HubResult:
@@ -208,7 +209,7 @@ class RewardHub:
         """
         given = None if samples is None else _checked(samples)
         futures = {
-            name: self._lanes[s.device].submit(s.warm, given, gradient and self.rules[name].weight != 0)
+            name: self._lanes[s.lane].submit(s.warm, given, gradient and self.rules[name].weight != 0)
             for name, s in self._scorers.items()
         }
         return {name: future.result() for name, future in futures.items()}

@@ -6,6 +6,8 @@
     a beats b where lead > margin, b beats a where lead < -margin, between them it is a tie
     win rate(a)  = mean of 1 (won), 1/2 (tied), 0 (lost) over the judged pairs of a
 
+Who meets whom, and how results become a ranking where not everybody meets everybody, is in `rewards.tournament`.
+
 Why: scores of one prompt's samples often differ by next to nothing, and an advantage that is divided by their spread
 blows that nothing up until the policy exploits it. A win rate only knows who is better, and `margin` says by how much.
 
@@ -15,26 +17,24 @@ side favours low numbers. And it makes a tie of an answer that it cannot read; h
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
 import warnings
-from collections.abc import Mapping, Sequence, Sized
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from rewards.card import Card
 from rewards.contract import as_scores
 from rewards.functions import check_options, label
 from rewards.resolve import build, resolve
 from rewards.scorer import BUGS, Scorer
+from rewards.tournament import Pair, Schedule, bradley_terry, expected_wins, play
 from rewards.types import Reward, RewardContractError, RewardError, Sample, Scope, Scores, traits_of
 
 __all__ = ["PairJudge", "Pairs"]
-
-Pair: TypeAlias = tuple[int, int]
-"""Rows of two samples of one group, in the order in which they came."""
 
 
 @runtime_checkable
@@ -54,14 +54,16 @@ class Pairs:
     """Win rate within the group, in [0, 1], by comparing its samples in pairs (Pref-GRPO, arXiv:2508.20751).
 
     Parts, counted over a sample's pairs: wins, ties, losses, and unjudged; with a judge of single samples also score,
-    what it said. The mean of a group whose pairs are all judged is 1/2 whatever the policy has learned, so watch
-    progress on score, or on another reward of weight 0. A video is judged frame by frame where the judge knows images
-    alone, and its win rate is the mean over them.
+    what it said; with one of pairs that is shown both orders flips, the pairs whose winner depends on the order. The
+    mean of a group whose pairs are all judged is 1/2 whatever the policy has learned, so watch progress on score, or on
+    another reward of weight 0. A video is judged frame by frame where the judge knows images alone, and its win rate is
+    the mean over them.
     """
 
     name = "pairs"
     scope: Scope = "group"
     range = (0.0, 1.0)
+    card = Card(source="Pref-GRPO (arXiv:2508.20751)", note="as good as its judge, whose licence and weights count")
 
     def __init__(
         self,
@@ -69,7 +71,8 @@ class Pairs:
         judge_options: Mapping[str, Any] | None = None,
         margin: float = 0.05,
         both_orders: bool = True,
-        pairs_per_sample: int | None = None,
+        schedule: str = "all",
+        value: str = "win_rate",
         seed: int = 0,
     ) -> None:
         """`judge`: what a reward's `use` can be, or the name of a `PairJudge`, or either as an object.
@@ -78,23 +81,26 @@ class Pairs:
         margin            leads up to it are ties; in the judge's units, or in probability (below 1/2) for a `PairJudge`
         both_orders       a `PairJudge` sees each pair a second time with the sides swapped, so that a preference for
                           one side cancels; without a verdict on both there is none. False: the first of the batch first
-        pairs_per_sample  None: all G (G - 1) / 2 pairs of a group of G. n: n G of them, chosen by seed and group so
-                          that each sample meets 2 n others; all of them where n is at least half of G
+        schedule          who meets whom: all, ring:k or swiss:r, see `rewards.tournament`
+        value             win_rate, or bradley_terry: mean probability to beat each of the others, by fitted strengths
         """
         options = {} if judge_options is None else judge_options
         if not isinstance(options, Mapping):
             raise RewardError(f"pairs: judge_options is {options!r}; expected a section, such as {{level: stricter}}")
         if not isinstance(both_orders, bool):
             raise RewardError(f"pairs: both_orders is {both_orders!r}; expected true or false")
-        if pairs_per_sample is not None and (not _is_whole(pairs_per_sample) or pairs_per_sample < 1):
-            raise RewardError(
-                f"pairs: pairs_per_sample is {pairs_per_sample!r}; expected null (all pairs) or a number of at least 1"
-            )
+        if value not in ("win_rate", "bradley_terry"):
+            raise RewardError(f"pairs: value is {value!r}; expected win_rate or bradley_terry")
         if not _is_whole(seed):
             raise RewardError(f"pairs: seed is {seed!r}; expected a whole number")
         self._judge = _read_judge(judge, options, both_orders)
         self._margin = _checked_margin(margin, self._judge.most)
-        self._pairs_per_sample, self._seed = pairs_per_sample, seed
+        self._schedule, self._value, self._seed = Schedule.parse(schedule), value, seed
+        if self._schedule.rounds > 1 and isinstance(self._judge, _ScoreJudge):
+            raise RewardError(
+                f"pairs: schedule {schedule!r} saves calls of a judge of pairs, but judge {judge!r} scores each sample "
+                "once, whatever pairs are made of it. Mend: schedule: all"
+            )
         traits = traits_of(self._judge.judge)
         self.media, self.needs, self.device = traits.media, traits.needs, traits.device
 
@@ -115,20 +121,23 @@ class Pairs:
         groups: dict[int, list[int]] = {}
         for row, sample in enumerate(samples):
             groups.setdefault(sample.group, []).append(row)
-        pairs = [pair for group, rows in groups.items() for pair in self._pairs(group, rows)]
-        leads, parts = self._judge.compare(samples, pairs)
+        leads: list[_Lead] = []
+        parts: dict[str, Tensor] = {}
+
+        def ask(round_: list[Pair]) -> list[float]:
+            found, more = self._judge.compare(samples, round_)
+            leads.extend(found)
+            parts.update(more)
+            return [_result(lead.value, self._margin) for lead in found]
+
+        pairs = play(self._schedule, groups, self._seed, ask)
         value, counts = _win_rates(pairs, [lead.value for lead in leads], len(samples), self._margin)
+        if self._value == "bradley_terry":
+            value = _expected(pairs, [_result(lead.value, self._margin) for lead in leads], groups.values(), value)
+        if self._judge.shows_both:
+            counts["flips"] = _flips(pairs, leads, counts["wins"])
         place = {row: number for rows in groups.values() for number, row in enumerate(rows)}
         return Scores(value=value, parts={**counts, **parts}, info=_info(pairs, leads, place, value))
-
-    def _pairs(self, group: int, rows: Sequence[int]) -> list[Pair]:
-        """The pairs of a group: each sample with the next n of a circle in an order of its own, or all with all."""
-        count = len(rows)
-        circle = sorted(range(count), key=lambda i: hashlib.sha256(f"{self._seed} {group} {i}".encode()).digest())
-        half = count // 2  # beyond it the circle meets the same pairs from the other side
-        reach = half if self._pairs_per_sample is None else min(self._pairs_per_sample, half)
-        met = {(i, circle[(at + step) % count]) for at, i in enumerate(circle) for step in range(1, reach + 1)}
-        return [(rows[i], rows[j]) for i, j in sorted({(min(pair), max(pair)) for pair in met})]
 
 
 # ------------------------------------------------------------------------------------------------ judges
@@ -139,12 +148,15 @@ class _Lead(NamedTuple):
 
     value: float
     reason: str
+    flipped: bool = False
+    """Each order had another winner: the judge looks at the side, not at the sample."""
 
 
 class _ScoreJudge:
     """A judge of single samples: each is scored once, however many pairs it is in."""
 
     most = math.inf
+    shows_both = False
 
     def __init__(self, judge: Reward, name: str) -> None:
         """A `Scorer` isolates failing samples and halves batches, as it does for every reward."""
@@ -182,7 +194,7 @@ class _PreferenceJudge:
     most = 0.5
 
     def __init__(self, judge: PairJudge, name: str, both_orders: bool) -> None:
-        self.judge, self._name, self._both_orders = judge, name, both_orders
+        self.judge, self._name, self.shows_both = judge, name, both_orders
 
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         if hasattr(self.judge, "load"):
@@ -195,7 +207,7 @@ class _PreferenceJudge:
     def compare(self, samples: Sequence[Sample], pairs: Sequence[Pair]) -> tuple[list[_Lead], dict[str, Tensor]]:
         """Leads of the pairs."""
         shown = [(samples[i], samples[j]) for i, j in pairs]
-        answers = self._ask([*shown, *((b, a) for a, b in shown)] if self._both_orders else shown)
+        answers = self._ask([*shown, *((b, a) for a, b in shown)] if self.shows_both else shown)
         leads = [self._lead(answers[k :: len(pairs)]) for k in range(len(pairs))]
         failures = [answer for answer in answers if isinstance(answer, Exception)]
         if failures and all(math.isnan(lead.value) for lead in leads):
@@ -209,7 +221,8 @@ class _PreferenceJudge:
             failure = next(answer for answer in answers if isinstance(answer, Exception))
             return _Lead(math.nan, f"{type(failure).__name__}: {failure}")
         value = chances[0] - 0.5 if len(chances) == 1 else (chances[0] - chances[1]) / 2
-        return _Lead(value, "the judge returned NaN, None or an infinity")
+        flipped = len(chances) == 2 and (chances[0] - 0.5) * (chances[1] - 0.5) > 0
+        return _Lead(value, "the judge returned NaN, None or an infinity", flipped)
 
     def _ask(self, shown: list[tuple[Sample, Sample]]) -> Sequence[float | Exception]:
         """The judge's answers in order, all at once where it can do that; for a pair that fails what was raised."""
@@ -315,6 +328,31 @@ def _win_rates(
     value = (counts["wins"] + counts["ties"] / 2) / judged  # 0 / 0 is NaN
     counts["unjudged"] = tally(unjudged, unjudged)
     return value, {key: part.where(judged > 0, math.nan) for key, part in counts.items()}
+
+
+def _result(lead: float, margin: float) -> float:
+    """1 = the first won, 0 = the second, 1/2 = a tie; NaN = no verdict."""
+    return math.nan if math.isnan(lead) else 0.5 if abs(lead) <= margin else float(lead > 0)
+
+
+def _expected(pairs: Sequence[Pair], won: Sequence[float], groups: Iterable[Sequence[int]], win_rate: Tensor) -> Tensor:
+    """Bradley-Terry's expected wins [N] within each group; NaN where a sample has no judged pair."""
+    value = torch.full_like(win_rate, math.nan)
+    judged = {pair: result for pair, result in zip(pairs, won, strict=True) if not math.isnan(result)}
+    for rows in groups:
+        ranked = [row for row in rows if not win_rate[row].isnan()]
+        index = {row: i for i, row in enumerate(ranked)}
+        own = {(index[i], index[j]): result for (i, j), result in judged.items() if i in index and j in index}
+        if own:
+            strength = bradley_terry(list(own), list(own.values()), len(ranked))
+            value[ranked] = expected_wins(strength).to(value.dtype)
+    return value
+
+
+def _flips(pairs: Sequence[Pair], leads: Sequence[_Lead], like: Tensor) -> Tensor:
+    """In how many of its pairs [N] the winner depended on the order; NaN where `like` is."""
+    flipped = torch.tensor([pair for pair, lead in zip(pairs, leads, strict=True) if lead.flipped], dtype=torch.long)
+    return torch.bincount(flipped.flatten(), minlength=len(like)).float().where(~like.isnan(), math.nan)
 
 
 def _info(

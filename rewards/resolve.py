@@ -4,6 +4,7 @@
     my_name                   an entry point of an installed package in the group `flowrl.rewards`
     package.module:attribute  anything importable
     ./file.py:attribute       a file loaded by its path, wherever it lies and whatever it is called
+    http://host:port/name     a reward that runs on a server: `rewards.remote`
 
 A module's rewards are the public classes in it that have a `score` method and the public functions marked with
 `@declare(...)`; where it has an `__all__`, what that leaves out is not offered.
@@ -37,8 +38,10 @@ def available() -> list[str]:
 
 def build(use: Any, options: Mapping[str, Any] | None = None) -> Reward:
     """A reward from a name, class, function or ready object; `options` are its constructor's or its parameters'."""
-    target = resolve(use) if isinstance(use, str) else use
     options = dict(options or {})
+    if isinstance(use, str) and use.startswith(("http://", "https://")):
+        use, options = "remote", {"url": use, **options}
+    target = resolve(use) if isinstance(use, str) else use
     if inspect.isclass(target):
         return _construct(target, options)
     if callable(getattr(target, "score", None)):

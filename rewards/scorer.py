@@ -27,7 +27,7 @@ from rewards.cache import ScoreCache
 from rewards.contract import Sheet, as_scores
 from rewards.gradient import Valve, reaching
 from rewards.media import frame
-from rewards.types import MediaKind, Reward, RewardContractError, RewardError, Sample, Scores, Traits
+from rewards.types import MediaKind, Reward, RewardContractError, RewardError, Sample, Scores, Traits, traits_of
 
 BUGS = (TypeError, NameError, ImportError, NotImplementedError, RewardContractError)
 """What no sample is to blame for."""
@@ -60,6 +60,11 @@ class Scorer:
     _away: bool = False
     _warned: set[str] = field(default_factory=set)
 
+    @property
+    def lane(self) -> str:
+        """Rewards of one lane take turns: those on one device; one that runs elsewhere may name a `lane` of its own."""
+        return str(getattr(self.reward, "lane", self.device))
+
     def load(self) -> None:
         """Bring the weights in, once, or back from where they waited."""
         if self._away:
@@ -74,6 +79,7 @@ class Scorer:
             raise
         except Exception as error:
             raise RewardError(f"reward {self.name!r} cannot be loaded: {_told(error)}") from error
+        self.traits = traits_of(self.reward)  # one that runs elsewhere learns there what it is
         self._loaded = True
 
     def unload(self) -> None:
@@ -101,13 +107,16 @@ class Scorer:
 
         With `gradient` the way back is tried too, so that a reward without one is found before the first iteration.
         """
+        start = time.perf_counter()
+        self.load()  # what the reward needs may be known only then
+        seconds = time.perf_counter() - start
         if samples is None and self.traits.needs:
             samples = []  # what a reward needs cannot be made up: it is only loaded
         policy, self.on_error = self.on_error, "raise"
         try:
             made_up = made_up_samples("image" if "image" in self.traits.media else "video")
             given = made_up if samples is None else samples
-            seconds = self.run(given, {})[1]
+            seconds += self.run(given, {})[1]
             if gradient:
                 self.differentiate([replace(s, media=s.media.detach().clone().requires_grad_()) for s in given], {})
                 self.put_away()
@@ -182,6 +191,7 @@ class Scorer:
                 continue
             if isinstance(outcome, Scores):
                 sheet.put(rows, outcome)
+                self._settle_failed(rows, samples, sheet)
             elif len(batch) > 1 and not isinstance(outcome, RewardContractError):
                 self._isolate(batch, samples, sheet, outcome)
             else:
@@ -241,6 +251,12 @@ class Scorer:
                 f"reward {self.name!r} fails on {len(rows)} samples at once ({_told(error)}) but scores each alone, "
                 "which is slow; set `batch_size: 1`, or mend its handling of batches",
             )
+
+    def _settle_failed(self, rows: Sequence[int], samples: Sequence[Sample], sheet: Sheet) -> None:
+        """What a reward could not ask for (`info["failed"]`) is settled as if it had raised for those samples."""
+        failed = [row for row in rows if sheet.info[row].get("failed")]
+        if failed:
+            self._settle(failed, samples, sheet, RewardError(sheet.info[failed[0]].get("error", "no reason is given")))
 
     def _settle(self, rows: Sequence[int], samples: Sequence[Sample], sheet: Sheet, error: Exception) -> None:
         """One unit failed: raise with its name, or leave it without a verdict."""
@@ -336,7 +352,8 @@ def _mean(looks: Sequence[Scores]) -> Scores:
     info = []
     for frames in zip(*(look.info for look in looks), strict=True):
         errors = [entry["error"] for entry in frames if "error" in entry]
-        info.append({"frames": list(frames)} | ({"error": errors[0]} if errors else {}))
+        failed = {"failed": True} if any(entry.get("failed") for entry in frames) else {}
+        info.append({"frames": list(frames)} | ({"error": errors[0]} if errors else {}) | failed)
     parts = {
         key: torch.stack([look.parts[key] for look in looks]).mean(0)
         for key in looks[0].parts

@@ -27,16 +27,14 @@ Note: with a captioner there is no instruction; with a chat model the words arou
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from rewards.media import to_pil
+from rewards._vlm import answered, asked, chats, control_token, encode, load_vlm, render
 from rewards.types import MediaKind, RewardContractError, RewardError, Sample, Scores, no_verdict
 
 __all__ = ["SUDER"]
@@ -86,23 +84,9 @@ class SUDER:
 
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Read processor and weights; RewardError if they are missing, or are of no model that could judge."""
-        if not self._source:
-            raise RewardError(f"suder: no model is given. {_MEND}")
-        import transformers
-
-        auto: Any = transformers  # most of its functions have no types
-        where = {"revision": self._revision}
-        try:
-            processor = auto.AutoProcessor.from_pretrained(self._source, **where)
-            self._check_processor(processor)
-            model = auto.AutoModelForImageTextToText.from_pretrained(
-                self._source, dtype=dtype, use_safetensors=True, **where
-            )
-        except (OSError, ValueError) as error:
-            raise RewardError(f"suder: {self._source!r} cannot be loaded: {error}. {_MEND}") from error
-        self._check_model(model, processor)
-        self._processor = processor
-        self._model = model.requires_grad_(False).eval().to(device)
+        model, processor = load_vlm("suder", self._source, self._revision, device, dtype, f"{_MEND}.")
+        self._check(model, processor)
+        self._model, self._processor = model, processor
 
     def unload(self) -> None:
         """Let model and processor go."""
@@ -136,10 +120,9 @@ class SUDER:
         """The prompt's first `max_tokens` tokens, ending with a character that has one; ValueError if that is empty."""
         text = prompt.strip()
         tokenizer = self._processor.tokenizer
-        control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        found = sorted(token for token in control if token in text)
-        if found:
-            raise ValueError(f"the prompt has {found[0]!r} in it, which the model reads as a control token")
+        control = control_token(tokenizer, text)
+        if control is not None:
+            raise ValueError(f"the prompt has {control!r} in it, which the model reads as a control token")
         spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         read = text[: spans[: self._max_tokens][-1][1]] if text and spans else ""
         if not read:
@@ -151,13 +134,7 @@ class SUDER:
         answers = [f"{self._prefix} {prompt}" if self._prefix else prompt for prompt in prompts]
         if not self._chats:
             return answers
-        asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self._instruction}]}
-        talks = [[asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}] for answer in answers]
-        texts: list[str] = self._processor.apply_chat_template(
-            talks,
-            tokenize=False,
-            continue_final_message=True,  # nothing follows the answer
-        )
+        texts = render(self._processor, [[asked(self._instruction), answered(answer)] for answer in answers])
         for text, prompt in zip(texts, prompts, strict=True):
             if not text.endswith(prompt):
                 raise RewardContractError(
@@ -184,30 +161,16 @@ class SUDER:
 
     def _inputs(self, pictures: Sequence[Tensor], prompts: Sequence[str]) -> Any:
         """The processor's tensors on the model's device, with `offset_mapping` [N,L,2]."""
-        texts = self._texts(prompts)
-        images, options = self._images(pictures)
-        tokenizer = self._processor.tokenizer
-        written = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)  # by the chat template
-        inputs = self._processor(
-            images=[[image] for image in images] if self._chats else images,
-            text=texts,
-            padding=True,
+        inputs = encode(
+            self._processor,
+            [[picture] for picture in pictures],
+            self._texts(prompts),
             padding_side="right",  # behind all that is scored: a causal model never sees it, and places stay the same
-            add_special_tokens=not written,
             return_offsets_mapping=True,
-            return_tensors="pt",
-            **options,
         ).to(self._model.device, self._model.dtype)
         if not self._chats:
             inputs["input_ids"][:, 0] = self._start
         return inputs
-
-    def _images(self, pictures: Sequence[Tensor]) -> tuple[list[Tensor] | list[Image.Image], dict[str, Any]]:
-        """Pictures as the processor takes them: one that divides by 255 gets what comes of that, any other gets PIL."""
-        own = self._processor.image_processor
-        if getattr(own, "do_rescale", False) and math.isclose(getattr(own, "rescale_factor", 0) or 0, 1 / 255):
-            return [picture.clamp(0, 1) for picture in pictures], {"do_rescale": False}
-        return [to_pil(picture) for picture in pictures], {}
 
     @property
     def _chats(self) -> bool:
@@ -221,24 +184,16 @@ class SUDER:
 
     # -------------------------------------------------------------------------------------------- checks
 
-    def _check_processor(self, processor: Any) -> None:
-        lacking = [part for part in ("tokenizer", "image_processor") if getattr(processor, part, None) is None]
-        if lacking:
-            raise RewardError(
-                f"suder: {self._source!r} has no {' and no '.join(lacking)} (found {type(processor).__name__}): "
-                f"it is no model that sees pictures, or its processor was not saved with it. {_MEND}"
-            )
+    def _check(self, model: Any, processor: Any) -> None:
+        kind = type(model).__name__
         if not processor.tokenizer.is_fast:
             raise RewardError(
                 f"suder: the tokenizer of {self._source!r} ({type(processor.tokenizer).__name__}) cannot say which "
                 "characters a token covers. Mend: use a model that has a fast tokenizer (a tokenizer.json)"
             )
-
-    def _check_model(self, model: Any, processor: Any) -> None:
-        kind = type(model).__name__
         if model.config.is_encoder_decoder:
             raise RewardError(f"suder: {self._source!r} ({kind}) reads text and writes another; expected one. {_MEND}")
-        if kind not in _CAPTIONERS and processor.chat_template is None:
+        if kind not in _CAPTIONERS and not chats(processor):
             raise RewardError(
                 f"suder: {self._source!r} ({kind}) has no chat template, and is none of the captioners "
                 f"{', '.join(_CAPTIONERS)}. {_MEND}"

@@ -75,7 +75,10 @@ class Scores:
     parts: dict[str, Tensor] = field(default_factory=dict)
     """Named components worth logging, fp32 [N] each."""
     info: list[dict[str, Any]] = field(default_factory=list)
-    """Empty, or one dict per sample: what was read, a judge's words; `error` says why there is no verdict."""
+    """Empty, or one dict per sample: what was read, a judge's words; `error` says why there is no verdict.
+
+    `failed: True` beside it: not the sample is to blame but who was asked, such as a server; `on_error: raise` stops.
+    """
 
 
 ScoreLike: TypeAlias = Scores | Tensor | Sequence[float | None]

@@ -83,7 +83,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "grey.png")
     assert read(tmp_path / "grey.png")[0].shape == (3, 4, 4)
     for path, said in (
-        ("bad.png", "no picture that can be read"), ("bad.mp4", "no video that can be read"),
+        ("bad.png", "bad.png cannot be read"), ("bad.mp4", "bad.mp4 cannot be read"),
         ("none.png", "does not exist"), ("empty", "no picture or video"), ("bad.jsonl", r"bad.jsonl:2: no `file`"),
         ("worse.jsonl", r"worse.jsonl:1: no JSON"), ("none.jsonl", "does not exist"),
     ):  # fmt: skip

@@ -194,7 +194,9 @@ def test_a_judge_that_takes_many_pairs_gets_all_of_a_call_at_once():
 def shown_pairs(size, per_sample, number=0, **options):
     judge = Judge()
     levels = [(i + 1) / 16 for i in range(size)]
-    Pairs(judge, both_orders=False, pairs_per_sample=per_sample, **options).score(group(levels, number))
+    Pairs(judge, both_orders=False, schedule="all" if per_sample is None else f"ring:{per_sample}", **options).score(
+        group(levels, number)
+    )
     return [(round(a * 16) - 1, round(b * 16) - 1) for a, b in judge.shown]
 
 
@@ -216,13 +218,13 @@ def test_a_subset_depends_on_seed_and_group_alone():
     assert chosen != shown_pairs(12, 2, number=1)
     alone, judge = shown_pairs(12, 2, number=5), Judge()
     others = group([0.9, 0.95], 3)
-    Pairs(judge, both_orders=False, pairs_per_sample=2).score(others + group([(i + 1) / 16 for i in range(12)], 5))
+    Pairs(judge, both_orders=False, schedule="ring:2").score(others + group([(i + 1) / 16 for i in range(12)], 5))
     assert [(round(a * 16) - 1, round(b * 16) - 1) for a, b in judge.shown[1:]] == alone
 
 
 def test_win_rates_of_a_subset_are_means_over_its_pairs():
     levels = [(i + 1) / 16 for i in range(9)]
-    scores = Pairs(Judge(), pairs_per_sample=2).score(group(levels))
+    scores = Pairs(Judge(), schedule="ring:2").score(group(levels))
     met = shown_pairs(9, 2)
     wins = torch.tensor([sum(i == b for a, b in met) / sum(i in pair for pair in met) for i in range(9)])
     equal(scores.value, wins)
@@ -382,8 +384,10 @@ def test_a_batch_of_the_wrong_length_is_a_bug():
         ({"margin": nan}, "margin is nan"),
         ({"margin": True}, "margin is True"),
         ({"margin": 0.5, "judge": Judge()}, "margin is 0.5; expected .* below 0.5: a probability is at most"),
-        ({"pairs_per_sample": 0}, r"pairs_per_sample is 0; expected null \(all pairs\) or a number of at least 1"),
-        ({"pairs_per_sample": 1.5}, "pairs_per_sample is 1.5"),
+        ({"schedule": "ring:0"}, "schedule is 'ring:0'; expected all, ring:k"),
+        ({"schedule": "often"}, "schedule is 'often'"),
+        ({"schedule": "swiss:2"}, "scores each sample once"),
+        ({"value": "elo"}, "value is 'elo'; expected win_rate or bradley_terry"),
         ({"both_orders": 1}, "both_orders is 1; expected true or false"),
         ({"seed": "a"}, "seed is 'a'; expected a whole number"),
         ({"judge_options": "strict"}, "judge_options is 'strict'; expected a section"),

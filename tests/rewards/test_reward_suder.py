@@ -404,7 +404,7 @@ def test_without_a_model_the_error_says_what_to_give():
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    refused(tmp_path / "none", "cannot be loaded")
+    refused(tmp_path / "none", "none does not exist")
 
 
 def test_a_language_model_sees_nothing(tmp_path):

@@ -48,29 +48,12 @@ def load_vlm(
     try:
         processor = weights.pretrained(reward, auto.AutoProcessor.from_pretrained)
         _check_processor(reward, source, processor)
-        model = load_whole(reward, weights, auto.AutoModelForImageTextToText, dtype)
+        model = weights.network(reward, auto.AutoModelForImageTextToText, dtype)
     except RewardError as error:
         raise RewardError(f"{error} {mend}".strip()) from error
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token  # masked wherever it stands, so any token will do
     return model.to(device), processor
-
-
-def load_whole(reward: str, weights: Weights, kind: Any, dtype: torch.dtype) -> Any:
-    """A transformers model of `kind`, frozen, eval, on the CPU, from safetensors; RewardError if a weight is missing.
-
-    Left to itself `from_pretrained` draws what a checkpoint lacks at random, and such a model scores without a word.
-    """
-    model, report = weights.pretrained(
-        reward, kind.from_pretrained, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise RewardError(
-            f"reward {reward!r}: {weights.source!r} is no checkpoint of {type(model).__name__}: it lacks "
-            f"{len(missing)} weights ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})."
-        )
-    return model.requires_grad_(False).eval()
 
 
 def load_chat_model(

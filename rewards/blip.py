@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewards._vlm import load_whole
 from rewards.card import Card
 from rewards.files import Weights
 from rewards.preprocess import Preprocess
@@ -63,7 +62,7 @@ class _Blip:
 
         auto: Any = transformers  # most of its functions have no types
         processor = self._weights.pretrained(self.name, auto.BlipProcessor.from_pretrained)
-        model = load_whole(self.name, self._weights, auto.BlipForImageTextRetrieval, dtype)
+        model = self._weights.network(self.name, auto.BlipForImageTextRetrieval, dtype)
         self._preprocess = _preprocess(self.name, processor.image_processor, model.config.vision_config.image_size)
         self._model, self._tokenizer = model.to(device), processor.tokenizer
 

@@ -380,7 +380,9 @@ def _measured(entry: Mapping[str, Any], device: torch.device) -> _Reward | _Judg
     use = entry.get("use")
     target = resolve(use) if isinstance(use, str) else use
     if callable(getattr(target, "prefers", None)):
-        return _Judge.read(entry, target, device)
+        judge = _Judge.read(entry, target, device)
+        if judge.compares:
+            return judge
     ((scorer, _),) = read_entries([entry], device)
     if scorer.traits.scope == "group":
         raise RewardError(
@@ -513,6 +515,11 @@ class _Judge:
         if not isinstance(dtype, torch.dtype):
             raise RewardError(f"judge {name!r}: dtype is {entry['dtype']!r}; expected float32, bfloat16 or float16")
         return cls(target, name, place(entry.get("device") or traits_of(target).device or device), dtype)
+
+    @property
+    def compares(self) -> bool:
+        """Whether it looks at pairs; one that scores too says by `compares` which of the two it does as it was made."""
+        return getattr(self._judge, "compares", True)
 
     def run(self, data: Preferences, batch_size: int, progress: Progress | None) -> _Verdicts:
         """Ask about every pair in both orders, and about the first ones once more."""

@@ -98,12 +98,30 @@ class Weights:
         self._refuse_lost_path(reward)
         try:
             return load(str(self.local or self.source), revision=self.revision, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of other shapes
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise RewardError(
                 f"reward {reward!r}: {self.source!r} cannot be loaded: {first} "
                 f"Mend: fetch it where there is a network (`{self.command}`), or give the folder of your copy."
             ) from error
+
+    def network(self, reward: str, kind: Any, dtype: torch.dtype) -> Any:
+        """A transformers model of the class `kind` from safetensors: frozen, eval, on the CPU.
+
+        RewardError if the files lack some of its weights: transformers draws those at random, and such a network
+        scores without a word.
+        """
+        model, report = self.pretrained(
+            reward, kind.from_pretrained, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        lacking = sorted(report["missing_keys"])
+        if lacking:
+            raise RewardError(
+                f"reward {reward!r}: {self.source!r} is no checkpoint of {type(model).__name__}: it lacks "
+                f"{len(lacking)} weights ({', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}). "
+                "Mend: give a model of the kind that the reward's card names (`flowrl reward info`)."
+            )
+        return model.requires_grad_(False).eval()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

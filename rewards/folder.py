@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards.media import from_pil
+from rewards.media import RANGE_TOLERANCE, from_pil
 from rewards.types import RewardError, Sample
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -64,6 +64,28 @@ def read(file: Path, fps: float | None = None) -> tuple[Tensor, float | None]:
         raise
     except Exception as error:  # PIL, PyAV and safetensors raise what they like about damaged files
         raise RewardError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def reference(given: Any, key: str = "reference") -> Tensor:
+    """A picture that a sample's metadata names under `key`, a path or a tensor, as [3,H,W] in [0,1].
+
+    RewardError for what can be neither, or cannot be read: it is one sample's trouble.
+    """
+    if isinstance(given, str | Path):
+        try:
+            given = read(Path(given).expanduser())[0]
+        except RewardError as error:
+            raise RewardError(f'meta["{key}"]: {error}') from error
+    if not isinstance(given, Tensor) or given.ndim != 3 or len(given) != 3 or not given.is_floating_point():
+        told = f"tensor {list(given.shape)} of {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
+        raise RewardError(
+            f'meta["{key}"] is a {told}; expected the path of an image, or a tensor [3, H, W] in [0, 1], floating '
+            "point. Mend: .permute(2, 0, 1) for channels-last data, .float() / 255 for bytes."
+        )
+    low, high = (value.item() for value in given.detach().aminmax())
+    if not (-RANGE_TOLERANCE <= low and high <= 1 + RANGE_TOLERANCE):
+        raise RewardError(f'meta["{key}"] spans [{low:.3g}, {high:.3g}]; expected [0, 1]')
+    return given
 
 
 def picture(data: bytes) -> Tensor:

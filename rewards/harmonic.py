@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewards.card import Card
 from rewards.contract import as_scores
 from rewards.resolve import build
 from rewards.types import MediaKind, Reward, RewardError, Sample, Scope, Scores, Traits, traits_of
@@ -37,6 +38,9 @@ class Harmonic:
     name = "harmonic"
     scope: Scope = "sample"
     range = (0.0, 1.0)
+    card = Card(
+        source="lambda-Harmonic of RPO, arXiv:2407.12164", note="needs what the two rewards need that it is made of"
+    )
 
     def __init__(
         self,

@@ -81,10 +81,11 @@ def _is_reward_class(value: object) -> bool:
 
 
 def _modules() -> list[str]:
-    """Dotted names of this package's public modules, relative to it; none is imported."""
+    """Dotted names of this package's public modules, relative to it, without those that judge text; none is imported."""
     package = importlib.import_module("rewards")
     found = [module.name for module in pkgutil.walk_packages(package.__path__, "rewards.")]
-    return sorted(name.removeprefix("rewards.") for name in found if "._" not in name)
+    names = [name.removeprefix("rewards.") for name in found if "._" not in name]
+    return sorted(name for name in names if name.partition(".")[0] != "verifiers")
 
 
 def _names(module: str) -> list[str]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rewards.card import Card
 from rewards.types import MediaKind, RewardError, Sample, Scores
 
 # ------------------------------------------------------------------------------------------------ grammar
@@ -507,6 +508,10 @@ class Shapes:
     media: frozenset[MediaKind] = frozenset({"image"})
     range = (0.0, 1.0)
     deterministic = True
+    card = Card(
+        source="this project; asks what GenEval (arXiv:2310.11513) asks",
+        note="judges pictures of the built-in world by its own sentences, and nothing else",
+    )
 
     def __init__(self, score: str = "soft", clean: float = 0.5, level: str = "default") -> None:
         """`score`: soft or strict; `clean` in [0, 1]: how much of soft a dirty picture loses; `level`: see LEVELS."""

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rewards.card import Card
+from rewards.files import Weights
 from rewards.shapes import COLORS, NUMBERS, RELATIONS, SHAPES, SIZE, resize
 from rewards.types import MediaKind, RewardError, Sample
 
@@ -144,6 +146,11 @@ class ShapesClip:
     range = (-1.0, 1.0)
     deterministic = True
     differentiable = True
+    card = Card(
+        source="this project; trained as CLIP is (arXiv:2103.00020)",
+        weights=(Weights(str(WEIGHTS), ("config.json", "model.safetensors")),),
+        note="knows the built-in world and nothing else; its weights are shipped",
+    )
 
     def __init__(self, weights: str | None = None) -> None:
         """`weights`: a folder that `flowrl shapes train-scorer` wrote; default: the shipped one."""

@@ -9,9 +9,10 @@ from rewards.files import Weights
 from rewards.types import Traits, declare
 
 ASKED = {
-    "pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward", "blip.itm", "blip.itc", "vqascore", "hpsv3", "image_sim",
-    "similarity.ssim", "similarity.psnr", "pixel.jpeg_size", "pixel.jpeg_compressibility", "ocr", "geneval", "deqa",
-    "videoreward", "flow.magnitude", "flow.spikes", "temporal_consistency", "judge", "unifiedreward", "remote", "shapes",
+    "pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward", "blip.itm", "blip.itc", "vqascore", "hpsv3",
+    "image_sim", "similarity.ssim", "similarity.psnr", "pixel.jpeg_size", "pixel.jpeg_compressibility", "ocr",
+    "geneval", "deqa", "videoreward", "flow.magnitude", "flow.spikes", "temporal_consistency", "judge",
+    "unifiedreward", "remote", "shapes",
 }  # fmt: skip
 
 

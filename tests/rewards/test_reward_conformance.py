@@ -3,6 +3,7 @@
 import copy
 import importlib
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,7 @@ def test_gradients_reach_the_pixels_where_it_says_so(loaded, name):
 def test_it_judges_videos_of_the_same_pixels_like_images(hub, loaded, name):
     if loaded[1].media == {"image"} and loaded[1].scope == "sample":
         image = samples_for(loaded[1], 2, name)[1]
-        video = type(image)(media=image.media.expand(4, 3, 96, 96), prompt=image.prompt, fps=8.0)
+        video = replace(image, media=image.media.expand(4, 3, 96, 96), fps=8.0)
         torch.testing.assert_close(hub([video]).total, hub([image]).total, equal_nan=True)
 
 

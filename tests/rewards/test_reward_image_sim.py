@@ -106,5 +106,5 @@ def test_a_reference_that_is_no_picture_costs_its_sample_the_verdict(bad, tmp_pa
 
 def test_a_file_that_is_no_picture_is_told(model, tmp_path):
     (tmp_path / "page.html").write_text("<html></html>")
-    with pytest.raises(RewardError, match="cannot be read as an image"):
+    with pytest.raises(RewardError, match="cannot be read"):
         loaded(model).score(samples(str(tmp_path / "page.html")))

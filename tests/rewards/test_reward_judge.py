@@ -443,6 +443,13 @@ def test_without_a_judge_the_error_says_what_to_give():
         RewardHub("judge").warmup()
 
 
+def test_a_place_that_a_local_model_does_not_tell_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("options: {levels: {'yes': 1, 'no': 0}, after: [My answer is]}")
+    with pytest.raises(RewardError, match="read from its first token.*behind 'my answer is'"):
+        loaded(model="any", template=str(path))
+
+
 def test_a_missing_folder_names_the_command(tmp_path):
     with pytest.raises(RewardError, match="hf download"):
         loaded(model="nobody/nothing")
@@ -548,6 +555,12 @@ def test_an_unreadable_pair_has_no_verdict_and_is_told_once():
         pair = tuple(greys(0.1, 0.2))
         with pytest.warns(UserWarning, match="1 of 1 questions have no verdict.*cannot be read"):
             assert judge.prefers(*pair) != judge.prefers(*pair)  # NaN
+
+
+def test_it_says_whether_it_compares():
+    assert {mode: build("judge", {"mode": mode}).compares for mode in modes("judge")} == {
+        "level_expectation": False, "pair": True, "pair_text": True, "text": False, "yes_prob": False,
+    }  # fmt: skip
 
 
 def test_a_comparing_mode_scores_nothing():

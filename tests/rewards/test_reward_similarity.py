@@ -1,5 +1,6 @@
 """SSIM against a brute force over windows, the others in closed form; references from tensors and files."""
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards import RewardError, RewardHub, Sample
+from rewards import RewardHub, Sample
 from rewards.media import to_pil
 from rewards.similarity import l1, psnr, ssim, structural_similarity
 from tests.rewards.makers import flat, noise
@@ -144,7 +145,7 @@ def test_a_reference_of_another_shape_or_none_at_all_gives_no_verdict_and_a_reas
         result = hub(samples)
     assert result.total.isnan().tolist() == [False] + [True] * 5
     reasons = [info["similarity.ssim"].get("error", "") for info in result.info]
-    told = ["", "crop the reference to", "missing.png' cannot be read", "text.png' cannot be read", "smaller than the"]
+    told = ["", "crop the reference to", "missing.png does not exist", "text.png cannot be read", "smaller than the"]
     for reason, expected in zip(reasons, [*told, "meta has no 'reference'"], strict=True):
         assert expected in reason
 
@@ -156,12 +157,12 @@ def test_a_reference_of_another_shape_or_none_at_all_gives_no_verdict_and_a_reas
         (torch.zeros(8, 8, 3), "permute"),
         (255 * torch.ones(3, 8, 8), r"spans \[255, 255\]"),
         (torch.full((3, 8, 8), torch.nan), "spans"),
-        (7, "is a int; expected a tensor"),
+        (7, "is a int; expected the path"),
     ],
 )
-def test_what_can_be_no_reference_is_a_bug_of_the_caller(given, told):
-    with pytest.raises(RewardError, match=told):
-        score(l1, noise(size=8).media, given)
+def test_what_can_be_no_reference_gives_no_verdict_and_a_reason(given, told):
+    scores = l1([Sample(media=noise(size=8).media, meta={"reference": given})])
+    assert scores.value.isnan().all() and re.search(told, scores.info[0]["error"])
 
 
 def test_samples_may_differ_in_size_and_frames_share_their_reference():

@@ -113,8 +113,9 @@ def test_yaml_examples_are_understood(page, folder):
             load_config(block.file)
         elif block.language == "yaml":
             values = parse_yaml(block.text, f"{page.name}:{block.line}").values
-            assert set(values) == {"rewards"}, "only lists of rewards stand without a file name"
-            read_entries(values["rewards"], place("cpu"))
+            assert {"rewards"} <= set(values) <= {"rewards", "eval_rewards"}, "other YAML has a file name"
+            for entries in values.values():
+                read_entries(entries, place("cpu"))
 
 
 # ------------------------------------------------------------------------------------------------ commands

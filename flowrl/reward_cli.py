@@ -136,7 +136,7 @@ def reward_eval(
 @reward_app.command("probe")
 def reward_probe(
     names: Names,
-    data: Annotated[Path, typer.Option(help="Pictures with prompts: a .jsonl, or a folder with metadata.jsonl.")],
+    data: Annotated[Path, typer.Option(help="Pictures with prompts: a .jsonl, a folder, or preferences.")],
     limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", min=1)] = None,
     thumbnails: Annotated[Path | None, typer.Option(help="Folder for pictures of what each probe does.")] = None,
     device: Device = "auto",
@@ -146,9 +146,7 @@ def reward_probe(
     """Try to fool rewards: degrade, tile, flatter and swap, and see which scores rise that should not."""
     from rewards.probes import probe
 
-    from rewards.folder import read_media
-
-    samples, _ = read_media([data], "", {}, limit=limit)
+    samples = _samples(data, limit)
     report = probe([_entry(name) for name in names], samples, device=device, seed=seed)
     _report(report, output)
     if thumbnails is not None:
@@ -165,9 +163,7 @@ def reward_check_grad(
     """Is a reward's gradient one? Finite, not zero, and along finite differences; also through saturated pixels."""
     from rewards.check_grad import check_grad
 
-    from rewards.folder import read_media
-
-    samples = None if data is None else read_media([data], "", {}, limit=4)[0]
+    samples = None if data is None else _samples(data, 4)
     report = check_grad(_entry(name), samples, device=device)
     print(report.to_markdown())
     if not report.ok:
@@ -227,6 +223,16 @@ def _entry(text: str) -> dict[str, Any]:
     if not isinstance(entry, dict) or not isinstance(entry.get("use"), str):
         raise RewardError(f"the reward {text!r} has no `use`. Write '{{use: ocr, mode: contain}}'.")
     return entry
+
+
+def _samples(data: Path, limit: int | None) -> list[Any]:
+    """Pictures with prompts: a folder or list of them, or what a set of preferences compares."""
+    from rewards.folder import read_media
+    from rewards.preferences import PAIRS, read_preferences
+
+    if data.name == PAIRS or (data / PAIRS).is_file():
+        return read_preferences(data).samples(limit)
+    return read_media([data], "", {}, limit=limit)[0]
 
 
 def _options(entry: dict[str, Any]) -> dict[str, Any]:

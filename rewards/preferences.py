@@ -30,7 +30,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -141,6 +141,13 @@ class Preferences:
     rankings: tuple[Ranking, ...] = ()
     skipped: Mapping[str, int] = field(default_factory=dict)
     """{why: how many rows say nothing that could be compared}"""
+
+    def samples(self, limit: int | None = None) -> list[Sample]:
+        """Its media, each once, as samples; those of one prompt are one group."""
+        items = {item.key: item for pair in self.pairs for item in (pair.a, pair.b)}
+        read_ = [item.sample() for item in list(items.values())[:limit]]
+        groups = {prompt: i for i, prompt in enumerate(dict.fromkeys(sample.prompt for sample in read_))}
+        return [replace(sample, group=groups[sample.prompt]) for sample in read_]
 
 
 Rows = list["Preference | Ranking"]

@@ -137,6 +137,7 @@ def reward_eval(
 def reward_probe(
     names: Names,
     data: Annotated[Path, typer.Option(help="Pictures with prompts: a .jsonl, a folder, or preferences.")],
+    probes: Annotated[list[str] | None, typer.Option("--probe", help="Only these probes; may be repeated.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", min=1)] = None,
     thumbnails: Annotated[Path | None, typer.Option(help="Folder for pictures of what each probe does.")] = None,
     device: Device = "auto",
@@ -147,7 +148,7 @@ def reward_probe(
     from rewards.probes import probe
 
     samples = _samples(data, limit)
-    report = probe([_entry(name) for name in names], samples, device=device, seed=seed)
+    report = probe([_entry(name) for name in names], samples, names=probes, device=device, seed=seed)
     _report(report, output)
     if thumbnails is not None:
         report.thumbnails(thumbnails)

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewards.card import Card
-from rewards.files import Weights
 from rewards.shapes import COLORS, NUMBERS, RELATIONS, SHAPES, SIZE, resize
 from rewards.types import MediaKind, RewardError, Sample
 
@@ -148,7 +147,7 @@ class ShapesClip:
     differentiable = True
     card = Card(
         source="this project; trained as CLIP is (arXiv:2103.00020)",
-        weights=(Weights(str(WEIGHTS), ("config.json", "model.safetensors")),),
+        memory_gb=0.0013,
         note="knows the built-in world and nothing else; its weights are shipped",
     )
 

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewards._vlm import answered, asked, chats, control_token, encode, load_vlm, render
+from rewards.card import Card
 from rewards.types import MediaKind, RewardContractError, RewardError, Sample, Scores, no_verdict
 
 __all__ = ["SUDER"]
@@ -56,6 +57,12 @@ class SUDER:
     name = "suder"
     media: frozenset[MediaKind] = frozenset({"image"})
     deterministic = True
+    card = Card(
+        source="SUDER (arXiv:2506.07963)",
+        licence="that of your model",
+        options=("model",),
+        note="a self-reward only with the understanding half of the model that is trained",
+    )
 
     def __init__(
         self,

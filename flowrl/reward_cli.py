@@ -12,8 +12,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rewards.types import RewardError
-
 reward_app = typer.Typer(no_args_is_help=True, help="Rewards: what there is, what they say, which to trust.")
 console = Console()
 
@@ -83,8 +81,9 @@ def reward_score(
     from rewards import RewardHub
     from rewards.folder import read_media
 
+    entry = _entry(name)
     samples, paths = read_media(media, prompt, _json(meta, "--meta"))
-    with RewardHub(_entry(name), device=device) as hub:
+    with RewardHub(entry, device=device) as hub:
         hub.warmup(samples[:1])
         result = hub(samples)
         (key,) = result.scores
@@ -213,6 +212,8 @@ def reward_table(
 
 def _entry(text: str) -> dict[str, Any]:
     """A reward as the command line names it: what `use` says, or a whole entry in YAML's braces."""
+    from rewards.types import RewardError
+
     if not text.lstrip().startswith("{"):
         return {"use": text}
     import yaml
@@ -243,6 +244,8 @@ def _options(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json(text: str, option: str) -> dict[str, Any]:
+    from rewards.types import RewardError
+
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -254,6 +257,8 @@ def _json(text: str, option: str) -> dict[str, Any]:
 
 def _report(report: Any, output: Path | None) -> None:
     """Print a report, and write it where asked."""
+    from rewards.types import RewardError
+
     print(report.to_markdown())
     if output is None:
         return

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +68,30 @@ def read(file: Path, fps: float | None = None) -> tuple[Tensor, float | None]:
         raise RewardError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
 
 
+PICTURES = ("reference", "source")
+"""Keys of a sample's metadata that hold a picture, or the path of one."""
+
+_may_read = ContextVar("may_read", default=True)
+
+
+@contextmanager
+def without_files() -> Iterator[None]:
+    """No path in a sample's metadata is read: what a client names is none of the server's files."""
+    token = _may_read.set(False)
+    try:
+        yield
+    finally:
+        _may_read.reset(token)
+
+
 def reference(given: Any, key: str = "reference") -> Tensor:
     """A picture that a sample's metadata names under `key`, a path or a tensor, as [3,H,W] in [0,1].
 
     RewardError for what can be neither, or cannot be read: it is one sample's trouble.
     """
     if isinstance(given, str | Path):
+        if not _may_read.get():
+            raise RewardError(f'meta["{key}"] is a path, and a server reads none that a client names. Mend: send it')
         try:
             given = read(Path(given).expanduser())[0]
         except RewardError as error:

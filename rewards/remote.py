@@ -20,12 +20,14 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
+from rewards import folder
 from rewards.card import Card
 from rewards.contract import Sheet
 from rewards.functions import nearest
@@ -133,7 +135,7 @@ class Remote:
             raise RewardError(f"reward {self.name!r} is not loaded; the hub does that, or call .load(device, dtype)")
         end = time.monotonic() + self._deadline
         for row, sample in enumerate(samples):
-            _check_json(sample.meta, f"sample {row}: meta")
+            _check_json({k: v for k, v in sample.meta.items() if not _is_picture(k, v)}, f"sample {row}: meta")
         sheet = Sheet(len(samples))
         asked: list[tuple[list[int], Future[Scores]]] = [
             (rows, self._pool.submit(self._ask, [samples[row] for row in rows], end)) for rows in self._split(samples)
@@ -174,12 +176,26 @@ class Remote:
 
 
 def to_wire(sample: Sample) -> dict[str, Any]:
-    """A sample as JSON; `meta` has to be JSON already."""
+    """A sample as JSON; `meta` has to be JSON already, but for pictures, which are read here and sent."""
     if sample.kind == "image":
         media: dict[str, Any] = _png(sample.media)
     else:
         media = {"frames": [_png(frame) for frame in sample.media], "fps": sample.fps}
-    return {"prompt": sample.prompt, "group": sample.group, "media": media, "meta": dict(sample.meta)}
+    return {"prompt": sample.prompt, "group": sample.group, "media": media, "meta": _meta(sample)}
+
+
+def _meta(sample: Sample) -> dict[str, Any]:
+    """Metadata with the pictures in it as PNG: a server reads no files that it is told of."""
+    meta = dict(sample.meta)
+    for key in folder.PICTURES:
+        value = meta.get(key)
+        if isinstance(value, Tensor) or (isinstance(value, str | Path) and Path(value).expanduser().is_file()):
+            meta[key] = _png(folder.reference(value, key))
+    return meta
+
+
+def _is_picture(key: str, value: Any) -> bool:
+    return key in folder.PICTURES and isinstance(value, Tensor | Path)
 
 
 def _png(image: Tensor) -> dict[str, Any]:

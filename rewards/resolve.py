@@ -81,7 +81,7 @@ def _is_reward_class(value: object) -> bool:
 
 
 def _modules() -> list[str]:
-    """Dotted names of this package's public modules, relative to it, without those that judge text; none is imported."""
+    """Dotted names of this package's public modules, relative to it and but for those of text; none is imported."""
     package = importlib.import_module("rewards")
     found = [module.name for module in pkgutil.walk_packages(package.__path__, "rewards.")]
     names = [name.removeprefix("rewards.") for name in found if "._" not in name]

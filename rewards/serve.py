@@ -41,6 +41,7 @@ from torch import Tensor
 
 from rewards.contract import Sheet
 from rewards.entries import place, read_entries
+from rewards.folder import without_files
 from rewards.http import is_loopback, parse_json, read_token
 from rewards.media import broken_media, from_pil
 from rewards.remote import VERSION
@@ -419,6 +420,7 @@ def _read_request(body: bytes, rewards: Any, limits: _Limits) -> _Asked:
     for row, given in enumerate(rows):
         fields, media = _fields(given, f"sample {row}")
         try:
+            fields["meta"] = reader.pictures(fields["meta"])
             asked.samples[row] = Sample(media=reader.media(media), **fields)
         except _UnreadableError as error:
             asked.unreadable[row] = str(error)
@@ -466,6 +468,10 @@ class _Pictures:
             raise _UnreadableError("the frames are not all of the same size")
         return torch.stack(pictures)
 
+    def pictures(self, meta: Mapping[str, Any]) -> dict[str, Any]:
+        """Metadata with the pictures in it decoded."""
+        return {key: self._picture(value) if _is_picture(value) else value for key, value in meta.items()}
+
     def _picture(self, given: Any) -> Tensor:
         kind = _FORMATS.get(str(given.get("mime"))) if isinstance(given, dict) else None
         if kind is None or not isinstance(given.get("b64"), str):
@@ -490,6 +496,10 @@ class _Pictures:
         self._left -= width * height
         if self._left < 0:
             raise _BadRequestError(f"the pictures have more than {self._most} pixels together; send fewer", 413)
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"mime", "b64"}
 
 
 def _about(scorer: Scorer) -> dict[str, Any]:
@@ -625,7 +635,8 @@ class _Batcher:
     def _score(self, samples: list[Sample]) -> Scores:
         """Scores of samples; where the reward raises, those it raises for have none, and a reason."""
         try:
-            return self._scorer.run(samples, broken_media(samples))[0]
+            with without_files():
+                return self._scorer.run(samples, broken_media(samples))[0]
         except Exception as error:
             units: dict[int, list[int]] = {}
             for row, sample in enumerate(samples):

@@ -271,6 +271,14 @@ def test_every_reward_is_described():
             assert f"`{name}`" in text, name
 
 
+def test_every_verifier_is_described():
+    from rewards.verifiers import available
+
+    text = (ROOT / "docs" / "verifiers.md").read_text(encoding="utf-8")
+    for name in available():
+        assert f"`{name}`" in text, name
+
+
 @every_page
 def test_no_paths_of_one_machine(page):
     text = page.read_text(encoding="utf-8")

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from rewards import RewardContractError, RewardError, RewardHub, Sample, Scores, build, declare, traits_of
-from rewards.http import RemoteError
-from rewards.remote import Remote
+from rewards.http import Endpoint, RemoteError
+from rewards.media import to_pil
+from rewards.remote import Remote, to_wire
 from tests.rewards.faults import FaultServer, answer, closed_port, reply, status, without_answer
 from tests.rewards.makers import batch, noise
 
@@ -428,7 +429,7 @@ def test_it_has_to_be_loaded():
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ({"reference": torch.zeros(3)}, r"sample 1: meta\['reference'\] is a Tensor.*tolist"),
+        ({"shape": torch.zeros(3)}, r"sample 1: meta\['shape'\] is a Tensor.*tolist"),
         ({"a": {"b": [1, math.nan]}}, r"meta\['a'\]\['b'\]\[1\] is nan"),
         ({"a": {1: 2}}, r"meta\['a'\] has the key 1"),
         ({"a": b"x"}, r"meta\['a'\] is a bytes"),
@@ -451,3 +452,21 @@ def test_unloading_and_loading_again(server):
     made.load(torch.device("cpu"), torch.float32)
     assert torch.equal(made.score([noise(0)]).value, first)
     made.unload()
+
+
+def test_pictures_in_the_metadata_are_sent_and_paths_are_not_read_by_the_server(tmp_path):
+    image, other = noise(0, 16).media, noise(1, 16).media
+    to_pil(other).save(tmp_path / "other.png")
+    samples = [
+        Sample(media=image, meta={"reference": other}),
+        Sample(media=image, meta={"reference": str(tmp_path / "other.png")}),
+        Sample(media=image, meta={"reference": "no such file"}),
+    ]
+    with RewardServer(["similarity.l1"], port=0) as server, RewardHub(f"{server.url}/similarity.l1") as hub:
+        result = hub(samples)
+        assert result.total[0] == result.total[1] == pytest.approx(-(image - other).abs().mean().item(), abs=3e-3)
+        assert result.total[2].isnan()
+        asked = to_wire(samples[0])
+        asked["meta"] = {"reference": str(tmp_path / "other.png")}
+        told = Endpoint(server.url).post("/v1/score", {"reward": "similarity.l1", "samples": [asked]})
+    assert told["value"] == [None] and "a server reads none that a client names" in told["info"][0]["error"]

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from flowrl.evaluate import Evaluation, paired_gain
+from flowrl.log import EVALUATIONS
 
 Row = tuple[str, float | None, float | None, float | None, float | None]
 """name, before, after, gain, standard error of the gain."""
@@ -177,16 +178,24 @@ def write_report(folder: Path) -> Path:
         for name, *values in comparison(folder)
     )
     config = html.escape((folder / "config.yaml").read_text())
+    alarms = "".join(f"<p><b>after {k} iterations:</b> {html.escape(text)}</p>" for k, text in alarms_of(folder))
     page = (
         f"<!doctype html><meta charset='utf-8'><title>{html.escape(folder.name)}</title><style>{_STYLE}</style>"
         f"<h1>{html.escape(folder.name)}</h1><h2>Held-out prompts</h2>"
         "<table><tr><th>score</th><th>before</th><th>after</th><th>gain</th><th>s.e.</th></tr>"
-        f"{table}</table><h2>Same prompts, same noise</h2><div class='pair'>{pair}</div>"
+        f"{table}</table>{alarms}<h2>Same prompts, same noise</h2><div class='pair'>{pair}</div>"
         f"<h2>Training</h2><div class='charts'>{charts}</div><h2>Config</h2><pre>{config}</pre>"
     )
     path = folder / "report.html"
     path.write_text(page)
     return path
+
+
+def alarms_of(folder: Path) -> list[tuple[int, str]]:
+    """(iterations before it, text) of every alarm that evaluations raised."""
+    path = folder / EVALUATIONS
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [(row["iteration"], text) for row in rows for text in row.get("alarms", [])]
 
 
 def _curves(rows: list[dict[str, Any]]) -> list[str]:

@@ -126,6 +126,7 @@ def reward_eval(
     from rewards.evaluate import evaluate
     from rewards.preferences import read_preferences
 
+    _check_output(output)
     preferences = read_preferences(data, layout, images=images, fps=fps)
     entries = [_entry(name) for name in names]
     report = evaluate(entries, preferences, device=device, batch_size=batch_size, seed=seed, dev=dev)
@@ -146,6 +147,7 @@ def reward_probe(
     """Try to fool rewards: degrade, tile, flatter and swap, and see which scores rise that should not."""
     from rewards.probes import probe
 
+    _check_output(output)
     samples = _samples(data, limit)
     report = probe([_entry(name) for name in names], samples, names=probes, device=device, seed=seed)
     _report(report, output)
@@ -194,8 +196,13 @@ def reward_table(
 ) -> None:
     """Published accuracies of reward models, each with its split, its rule for ties and its source."""
     from rewards.published import published
+    from rewards.types import RewardError
 
     figures = published(model=model, benchmark=benchmark)
+    if not figures:
+        known = published()
+        there = ", ".join(dict.fromkeys(f.benchmark for f in known)), ", ".join(dict.fromkeys(f.model for f in known))
+        raise RewardError(f"no such figure; there are the benchmarks {there[0]}, and the models {there[1]}")
     if as_json:
         print(json.dumps([asdict(figure) for figure in figures], indent=2))
         return
@@ -257,16 +264,20 @@ def _json(text: str, option: str) -> dict[str, Any]:
 
 def _report(report: Any, output: Path | None) -> None:
     """Print a report, and write it where asked."""
-    from rewards.types import RewardError
-
     print(report.to_markdown())
     if output is None:
         return
-    if output.suffix not in (".json", ".md"):
-        raise RewardError(f"--output {output}: the report is written as .json or .md; give a name that ends so")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(report.to_markdown() if output.suffix == ".md" else report.to_json(), encoding="utf-8")
     console.print(f"wrote {output}")
+
+
+def _check_output(output: Path | None) -> None:
+    """Before anything is scored."""
+    from rewards.types import RewardError
+
+    if output is not None and output.suffix not in (".json", ".md"):
+        raise RewardError(f"--output {output}: the report is written as .json or .md; give a name that ends so")
 
 
 def _judged(each: Any) -> str:

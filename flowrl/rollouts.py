@@ -19,6 +19,8 @@ from rewards.media import to_pil
 
 CELL = 96
 """Pixels of a thumbnail."""
+TEXT, ITEMS = 4000, 100
+"""Characters of a text, and items of a list, that are kept of what a reward says."""
 GROUPS, SAMPLES = 12, 16
 """At most so many groups are written, and so many samples of each."""
 
@@ -64,13 +66,15 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _plain(value: Any) -> Any:
-    """What JSON has a form for; NaN becomes null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return _number(value) if isinstance(value, float) else value
+def _plain(value: Any, depth: int = 8) -> Any:
+    """What JSON has a form for, within limits: a reward may say anything. NaN becomes null."""
+    if isinstance(value, dict) and depth:
+        return {str(key)[:TEXT]: _plain(item, depth - 1) for key, item in list(value.items())[:ITEMS]}
+    if isinstance(value, list | tuple) and depth:
+        return [_plain(item, depth - 1) for item in value[:ITEMS]]
+    if value is None or isinstance(value, bool | int):
+        return value
+    return _number(value) if isinstance(value, float) else str(value)[:TEXT] if depth else "..."
 
 
 def _sheet(batch: Batch, cells: dict[int, tuple[int, int]]) -> Image.Image:

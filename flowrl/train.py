@@ -50,6 +50,7 @@ from flowrl.update import Updater, deal, learning_rate_factor
 from rewards import HubResult, RewardHub
 from rewards.combine import normalised
 from rewards.scorer import NanWatch
+from rewards.types import RewardError
 from samplers import Plan, stable_seed
 
 RATIO_TOLERANCE = 1e-4
@@ -111,7 +112,7 @@ class Trainer:
         }
         """What must be the same when the run is resumed."""
         self.hub = RewardHub([entry.entry() for entry in config.rewards], device=self.engine.device, max_nan_frac=None)
-        self.held_out = RewardHub(_held_out(config), device=self.engine.device) if config.eval_rewards else None
+        self.held_out = _held_out(config, self.hub, self.engine.device)
         needs = self.algorithm.needs
         if needs.gradient:
             self.hub.check_differentiable()
@@ -205,8 +206,9 @@ class Trainer:
 
         with phase("gather"):
             table, scores = self._gather(batch, result)
-        if judged and self.main and due(iteration, self.config.log.rollouts_every):
-            write_rollout(self.folder / "rollouts", iteration, batch, result)
+        with self._saving_what_is_done():
+            if judged and self.main and due(iteration, self.config.log.rollouts_every):
+                write_rollout(self.folder / "rollouts", iteration, batch, result)
         with self._saving_what_is_done():
             for name in scores.keys() & self.watches.keys():
                 told = [row[name]["error"] for row in result.info if "error" in row[name]]
@@ -402,13 +404,14 @@ class Trainer:
             summary = found.summary() | {"train_seconds": self.seconds}
             save_grid(found, self.folder / "samples" / f"{self.iteration:06d}.png", settings.grid_prompts)
             self._remember_scores(found)
+            if self.held_out is not None:
+                done = [*map(int, self.evaluations), self.iteration]
+                summary["alarms"] = [str(alarm) for alarm in look(self.folder, done, self.held_out.rules)]
             self.log.evaluation(self.iteration, summary)
             self.log.say(f"evaluation after {self.iteration} iterations: {headline(summary)}")
+            for alarm in summary.get("alarms", []):
+                self.log.say(f"warning: {alarm}")
             self.evaluations[str(self.iteration)] = summary  # from here on a checkpoint says that it is done
-            if self.held_out is not None:
-                for alarm in look(self.folder, map(int, self.evaluations), self.held_out.rules):
-                    self.log.say(f"warning: {alarm}")
-                    summary.setdefault("alarms", []).append(str(alarm))
             if settings.keep == "best" and self._best_evaluation() == self.iteration:
                 self.best = self.policy.state_dict()
 
@@ -588,9 +591,17 @@ class Trainer:
         )
 
 
-def _held_out(config: Config) -> list[dict[str, Any]]:
-    """Entries of the held-out rewards, each with a weight that has no meaning but that it is not a mistake."""
-    return [entry.entry() | {"weight": 1.0} for entry in config.eval_rewards]
+def _held_out(config: Config, trained: RewardHub, device: Any) -> RewardHub | None:
+    """The rewards that are not trained on. One that fails stops nothing, and its mean is missing."""
+    if not config.eval_rewards:
+        return None
+    # Each has a weight, which has no meaning here but that it is no mistake.
+    hub = RewardHub([e.entry() | {"weight": 1.0} for e in config.eval_rewards], device=device, max_nan_frac=None)
+    if both := sorted(set(hub.rules) & set(trained.rules)):
+        raise RewardError(
+            f"rewards and eval_rewards both have scores called {', '.join(both)}; give those of eval_rewards a `name:`"
+        )
+    return hub
 
 
 def load_model(config: Config) -> Any:

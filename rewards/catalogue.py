@@ -53,7 +53,7 @@ def describe(name: str, options: Mapping[str, Any] | None = None) -> Listed:
     try:
         reward: Any = build(target, options)
     except RewardError:
-        if options:
+        if options or not getattr(getattr(target, "card", None), "options", ()):
             raise
         reward = target  # it needs an option: what its class says is all there is to say
     traits = traits_of(reward)

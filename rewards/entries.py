@@ -67,7 +67,12 @@ def place(device: str | torch.device) -> torch.device:
     """A device, with an index where it has one, so that "cuda" and "cuda:0" are one lane."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise RewardError(
+            f"device {str(device)!r} is none: {str(error).splitlines()[0]} Mend: auto, cpu or cuda:1"
+        ) from error
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return found

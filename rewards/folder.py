@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from rewards.media import RANGE_TOLERANCE, from_pil
@@ -110,8 +110,11 @@ def reference(given: Any, key: str = "reference") -> Tensor:
 
 def picture(data: bytes) -> Tensor:
     """The bytes of a PNG, JPEG, WEBP or BMP as [3,H,W] in [0,1]."""
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        return from_pil(image)
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return from_pil(image)
+    except UnidentifiedImageError:
+        raise ValueError(f"it is no {', '.join(_FORMATS)}") from None
 
 
 def _frames(folder: Path) -> Tensor:
@@ -167,15 +170,22 @@ def _listed(path: Path) -> list[tuple[Path, str, dict[str, Any]]]:
     if not path.is_file():
         raise RewardError(f"{path} does not exist")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise RewardError(f"{path} is not UTF-8: {error}") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RewardError(f"{path}:{number}: no JSON: {error}") from error
         name = row.pop("file", None) or row.pop("file_name", None) if isinstance(row, dict) else None
         if not isinstance(name, str):
             raise RewardError(f'{path}:{number}: no `file`; expected {{"file": "a.png", "prompt": "a dog"}}')
-        rows.append((path.parent / name, str(row.pop("prompt", "")), {**row.pop("meta", {}), **row}))
+        meta = row.pop("meta", None) or {}
+        if not isinstance(meta, dict):
+            raise RewardError(f"{path}:{number}: `meta` is {type(meta).__name__}; expected an object")
+        rows.append((path.parent / name, str(row.pop("prompt", "")), {**meta, **row}))
     return rows

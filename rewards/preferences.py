@@ -24,6 +24,7 @@ It is read when it is scored; that it exists is checked at once. No file outside
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -379,7 +380,7 @@ def _genai(reader: _Reader) -> Rows:
     rows = Rows()
     for place, row, medium in _rows(reader, columns, "left_image", "left_output_image", "left_video"):
         vote = _need(place, row, "vote_type")
-        if vote not in votes:
+        if not isinstance(vote, str) or vote not in votes:
             raise RewardError(f'{place}: "vote_type" is {_short(vote)}; expected one of {", ".join(votes)}')
         edits = "instruct_prompt" in row
         attached = {"source": medium(("source_image",))} if edits else {}
@@ -422,7 +423,7 @@ def _videogen(reader: _Reader) -> Rows:
     for place, row in _csv(reader.source):
         a, b = (
             Item(
-                medium=reader.medium(root, row[f"path_{side}"], place, f"path_{side}"),
+                medium=reader.medium(root, _text(place, row, f"path_{side}"), place, f"path_{side}"),
                 prompt=_text(place, row, "prompt"), model=row.get(f"{side}_model") or None,
             )
             for side in ("A", "B")
@@ -539,15 +540,21 @@ def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, object) of a file with one JSON object a line; empty lines are left out."""
     if not file.is_file():
         raise RewardError(f"there is no file {file}")
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                place = f"{file}:{number}"
-                yield place, _object(place, _parse(place, line))
+    for number, line in enumerate(_read_text(file).splitlines(), start=1):
+        if line.strip():
+            place = f"{file}:{number}"
+            yield place, _object(place, _parse(place, line))
 
 
 def _json(file: Path) -> Any:
-    return _parse(str(file), file.read_text(encoding="utf-8-sig"))
+    return _parse(str(file), _read_text(file))
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RewardError(f"{file} is not UTF-8 ({error}). Mend: iconv -t utf-8, or another --format") from error
 
 
 def _items(file: Path, data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -560,13 +567,15 @@ def _items(file: Path, data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
+    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""))
+    try:
         for row in reader:
             place = f"{file}:{reader.line_num}"
             if None in row or None in row.values():
                 raise RewardError(f"{place}: expected {len(reader.fieldnames or ())} fields; quote those with commas")
             yield place, row
+    except csv.Error as error:
+        raise RewardError(f"{file}:{reader.line_num}: no CSV that can be read: {error}") from error
 
 
 def _parse(place: str, text: str) -> Any:

@@ -20,6 +20,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,10 +39,8 @@ def available() -> list[str]:
 
 def build(use: Any, options: Mapping[str, Any] | None = None) -> Reward:
     """A reward from a name, class, function or ready object; `options` are its constructor's or its parameters'."""
-    options = dict(options or {})
-    if isinstance(use, str) and use.startswith(("http://", "https://")):
-        use, options = "remote", {"url": use, **options}
     target = resolve(use) if isinstance(use, str) else use
+    options = dict(options or {})
     if inspect.isclass(target):
         return _construct(target, options)
     if callable(getattr(target, "score", None)):
@@ -58,6 +57,8 @@ def build(use: Any, options: Mapping[str, Any] | None = None) -> Reward:
 
 def resolve(name: str) -> Any:
     """The class, function or object that a name stands for."""
+    if name.startswith(("http://", "https://")):
+        return _address(name)
     path, colon, attribute = name.rpartition(":") if ":" in name else (name, "", "")
     if path.endswith(".py"):
         return _attribute(_load_file(path), attribute, name)
@@ -106,6 +107,21 @@ def _builtin(name: str) -> Any | None:
     return offered(importlib.import_module(f"rewards.{module}")).get(attribute) if module in modules else None
 
 
+def _address(url: str) -> type:
+    """The reward that a server has at an address, as a class whose other options are still open."""
+    from rewards.remote import Remote
+
+    class There(Remote):
+        __doc__ = Remote.__doc__
+        card = replace(Remote.card, options=())
+
+        def __init__(self, **options: Any) -> None:
+            check_options("remote", options, [*inspect.signature(Remote).parameters][1:])
+            super().__init__(url, **options)
+
+    return There
+
+
 def _entry_point(name: str) -> Any:
     points = list(importlib.metadata.entry_points(group=ENTRY_POINTS, name=name))
     if not points:
@@ -123,7 +139,7 @@ def _entry_point(name: str) -> Any:
 def _import(path: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(path)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # a path that is no name of a module raises what it likes
         raise RewardError(
             f"reward {name!r}: cannot import {path!r}: {error}. A file is given as ./file.py:attribute."
         ) from error

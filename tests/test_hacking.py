@@ -9,6 +9,7 @@ import torch
 from flowrl.config import check, make_config
 from flowrl.hacking import TOTAL, alarms, look, scores_of
 from flowrl.train import Trainer
+from rewards import RewardError
 from tests import runs
 
 
@@ -89,7 +90,27 @@ def test_a_run_says_that_it_is_hacked(tiny_model, tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "warning: reward hacking? Since iteration 0" in said and "'down' fell by -1" in said
     last = json.loads((tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()[-1])
-    assert last["scores"]["up"]["mean"] > 0
+    assert "'down' fell by -1" in last["alarms"][0]
+    assert "fell by -1" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_held_out_reward_that_fails_stops_nothing(tiny_model, tmp_path):
+    (tmp_path / "gone.py").write_text(
+        "def gone(samples):\n    return [0.5 if len(samples) == 2 else None for _ in samples]\n"  # fine in the warm-up
+    )
+    options = {"eval_rewards": [{"use": f"{tmp_path}/gone.py:gone"}], "evaluate_every": 1, "iterations": 4}
+    summary = Trainer(runs.config(tiny_model, tmp_path / "run", options)).run()
+    assert summary["iterations"] == 4 and summary["final"]["scores"]["gone"]["mean"] is None
+
+
+def test_two_rewards_that_call_themselves_the_same_are_refused(tiny_model, tmp_path):
+    (tmp_path / "same.py").write_text(
+        "from rewards import declare\n\n@declare(name='pixel.brightness')\n"
+        "def other(samples):\n    return [-100.0] * len(samples)\n"
+    )
+    options = {"eval_rewards": [{"use": f"{tmp_path}/same.py:other"}]}
+    with pytest.raises(RewardError, match="both have scores called pixel.brightness"):
+        Trainer(runs.config(tiny_model, tmp_path / "run", options))
 
 
 def test_held_out_rewards_are_checked_like_the_others(tmp_path):

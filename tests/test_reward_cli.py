@@ -141,12 +141,50 @@ def test_serve_answers_over_http(tmp_path):
         (["eval", "shapes", "--data", "nowhere"], "there is no preference data at 'nowhere'"),
         (["serve", "pixel.contrast", "--host", "192.168.0.1"], "token"),
         (["check-grad", "pixel.jpeg_size"], "differentiable"),
+        (["serve", "./x.csv:y"], "cannot import './x.csv'"),
+        (["probe", "shapes", "--data", "x", "--output", "r.txt"], "written as .json or .md"),
+        (["table", "--benchmark", "nope"], "there are the benchmarks"),
+        (["info", "http://127.0.0.1"], "names no reward"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(words, said):
     result = run(*words, ok=False)
     assert type(result.exception).__name__ in ("RewardError", "RewardContractError"), result.exception
     assert said in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.jsonl", b"\xff\xfe{}", "not UTF-8"),
+        ("a.jsonl", b'{"file": "x.png", "meta": [1]}', "`meta` is list"),
+        ("a.jsonl", b"[" * 100_000, "no JSON"),
+    ],
+)
+def test_a_list_that_cannot_be_read_is_told(tmp_path, name, data, said):
+    (tmp_path / name).write_bytes(data)
+    assert said in str(run("score", "pixel.contrast", tmp_path / name, ok=False).exception)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "data", "said"),
+    [
+        ("auto", "a.jsonl", b'{"prompt": "\xff"}', "not UTF-8"),
+        ("videogen", "a.csv", b"x,y\n1,2\n", '"path_A" is missing'),
+        ("videogen", "a.csv", b"path_A,path_B\n" + b"x" * 200_000 + b",b\n", "no CSV that can be read"),
+        ("genai", "a.jsonl", b'{"prompt": "p", "vote_type": ["x"], "left_image": "a.png"}', '"vote_type" is'),
+    ],
+)
+def test_preferences_that_cannot_be_read_are_told(tmp_path, layout, name, data, said):
+    (tmp_path / name).write_bytes(data)
+    result = run("eval", "pixel.contrast", "--data", tmp_path / name, "--format", layout, ok=False)
+    assert said in str(result.exception)
+
+
+def test_a_device_that_is_none_is_told(tmp_path):
+    to_pil(noise(0, 8).media).save(tmp_path / "a.png")
+    result = run("score", "pixel.contrast", tmp_path / "a.png", "--device", "cud", ok=False)
+    assert "device 'cud' is none" in str(result.exception)
 
 
 def test_a_report_needs_a_known_ending(prefs, tmp_path):

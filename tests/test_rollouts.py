@@ -4,7 +4,7 @@ import json
 
 from PIL import Image
 
-from flowrl.rollouts import CELL, forget_after
+from flowrl.rollouts import CELL, TEXT, forget_after
 from flowrl.train import Trainer
 from tests import runs
 
@@ -45,6 +45,23 @@ def test_a_line_a_sample_with_scores_parts_and_reasons(tiny_model, tmp_path):
     assert abs(sum(known) / len(known) - mean) < 1e-6
     with Image.open(folder / "000002.jpg") as sheet:
         assert sheet.size == (4 * (CELL + 4) + 4, 3 * (CELL + 4) + 4)
+
+
+def test_whatever_a_reward_says_is_kept_within_limits(tiny_model, tmp_path):
+    (tmp_path / "chatty.py").write_text(
+        "import torch\nfrom rewards import Scores\n\n"
+        "def chatty(samples):\n"
+        "    deep = []\n    for _ in range(5000):\n        deep = [deep]\n"
+        "    said = {'deep': deep, 'long': 'x' * 10**6, 'nan': float('nan'), 'odd': torch.zeros(2)}\n"
+        "    info = [said for _ in samples]\n"
+        "    return Scores(value=torch.rand(len(samples)), info=info)\n"
+    )
+    options = {"rewards": [{"use": f"{tmp_path}/chatty.py:chatty"}], "iterations": 1}
+    Trainer(runs.config(tiny_model, tmp_path / "run", options)).run()
+    first = json.loads((tmp_path / "run" / "rollouts" / "000000.jsonl").read_text().splitlines()[0])
+    said = first["info"]["chatty"]
+    assert len(said["long"]) == TEXT and said["nan"] is None and "tensor" in said["odd"]
+    assert len(json.dumps(said["deep"])) < 100
 
 
 def test_zero_means_never(tiny_model, tmp_path):

@@ -151,7 +151,7 @@ class RewardEntry(BaseModel):
     frames: Count = 4
     """How many frames of a video a reward for images sees."""
     offload: Literal["none", "cpu", "drop"] = "none"
-    """Where its weights are between calls: on its device, in main memory, or read again for each call."""
+    """Where its weights are between calls: on its device, in main memory (unless others share them), or read again."""
     cache: Natural = 0
     """Verdicts to remember, for rewards that are dear and deterministic."""
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -146,7 +147,7 @@ class Winner:
     def __post_init__(self) -> None:
         """Refuse phrases that mean two things, and a blend that is none."""
         _check_sides(self.first, self.second, self.tie)
-        _check(_is_number(self.blend) and 0 <= self.blend <= 1, "blend", self.blend, "a number from 0 to 1")
+        _check(is_number(self.blend) and 0 <= self.blend <= 1, "blend", self.blend, "a number from 0 to 1")
 
     def __call__(self, reply: Reply) -> Verdict:
         """Parts: winner, categories."""
@@ -185,7 +186,7 @@ class Numbers:
     def __call__(self, reply: Reply) -> Verdict:
         """One part a name."""
         found = _object(answer_of(reply.text, self.tag)).get(self.key)
-        if not isinstance(found, list) or len(found) != len(self.names) or not all(map(_is_number, found)):
+        if not isinstance(found, list) or len(found) != len(self.names) or not all(map(is_number, found)):
             raise Unreadable(f'"{self.key}" is {_short(found)}; expected a list of {len(self.names)} numbers')
         parts = {
             name: _only({float(number)}, f'"{self.key}"', self.scale)
@@ -246,7 +247,7 @@ class Levels:
         if any(isinstance(word, bool) for word in levels):
             raise RewardError(f"levels is {levels!r}: YAML reads Yes and No as true and false; put them in quotes")
         plain = {_plain(str(word)): value for word, value in levels.items()}
-        sound = len(plain) == len(levels) >= 2 and all(plain) and all(map(_is_number, plain.values()))
+        sound = len(plain) == len(levels) >= 2 and all(plain) and all(map(is_number, plain.values()))
         _check(sound and len(set(plain.values())) > 1, "levels", self.levels, "{word: value}, different ones")
         _check(_is_texts(self.after) and len(self.after) > 0, "after", self.after, "a list of texts")
         object.__setattr__(self, "levels", plain)
@@ -326,7 +327,7 @@ def _object(text: str) -> dict[str, Any]:
 
     A comma behind the last item is forgiven, since the form that UnifiedReward-Edit was trained on has one.
     """
-    fences = re.findall(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL)
+    fences = re.findall(r"```(?:json)?[^\S\n]*\n(.*?)```", text, re.DOTALL)  # one way to match: linear
     if len(fences) > 1:
         raise Unreadable(f"it has {len(fences)} blocks of code; expected one JSON object")
     body = fences[0] if fences else text
@@ -356,7 +357,8 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _only(found: set[float], what: str, scale: tuple[float, float]) -> float:
     """The one value that was found, within its scale."""
     if len(found) != 1:
-        told = f"says {' and '.join(f'{value:g}' for value in sorted(found))}" if found else "is not there"
+        values = [f"{value:g}" for value in sorted(found)[:4]]
+        told = f"says {' and '.join(values[:3])}{' and more' * (len(values) > 3)}" if found else "is not there"
         raise Unreadable(f"expected {what}, once: it {told}")
     value = next(iter(found))
     if not scale[0] <= value <= scale[1]:
@@ -393,7 +395,7 @@ def _check_sides(first: Any, second: Any, tie: Any) -> None:
 
 
 def _scale(scale: Any) -> tuple[float, float]:
-    pair = isinstance(scale, Sequence) and len(scale) == 2 and all(map(_is_number, scale))
+    pair = isinstance(scale, Sequence) and len(scale) == 2 and all(map(is_number, scale))
     _check(pair and scale[0] < scale[1], "scale", scale, "[lowest, highest]")
     return float(scale[0]), float(scale[1])
 
@@ -402,5 +404,6 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(each, str) for each in value)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, and no whole one of JSON or YAML that is too large for a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

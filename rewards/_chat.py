@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from rewards._answers import Reply, Step
+from rewards._answers import Reply, Step, is_number
 from rewards._vlm import answers, control_token, load_chat_model, next_token_logprobs, prepare
 from rewards.http import Endpoint, RemoteError
 from rewards.media import to_pil
@@ -136,7 +136,8 @@ class RemoteChat:
             raise RewardError(f"reward {self._reward!r} is not loaded; call load(device, dtype) first (a hub does)")
         left = end - time.monotonic()
         if left <= 0:
-            raise RewardError(f"the deadline of {self._deadline:g} s was over before it was its turn; raise `deadline`")
+            reason = f"the deadline of {self._deadline:g} s was over before it was its turn; raise `deadline`"
+            raise RemoteError(str(self._url), reason)
         body = {
             "model": self._model, "messages": _messages(question), "max_tokens": max_tokens,
             "temperature": 0, "top_p": 1, "seed": self._seed,
@@ -194,7 +195,7 @@ def _token(entry: Any) -> tuple[str, float]:
     token, logprob = _at(entry, "token"), _at(entry, "logprob")
     if not isinstance(token, str):
         raise _malformed("a token of the log-probabilities", token, "text")
-    if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not logprob <= 1e-3:
+    if not is_number(logprob) or logprob > 1e-3:
         raise _malformed("a log-probability", logprob, "a number of at most 0")
     return token, float(logprob)
 

@@ -1,6 +1,6 @@
 """What the rewards with a CLIP have in common (arXiv:2103.00020): networks that several rewards share, and features.
 
-    trunk      a frozen network on its device; rewards that ask for the same one hold one copy together
+    trunk      a frozen network and its device; rewards that ask for the same one hold one copy together
     encoder    a trunk with its preprocessing and tokenizer: pictures and texts to features of length 1
 
 Symbols: N pictures, M texts, D = width of the features.
@@ -9,10 +9,10 @@ Symbols: N pictures, M texts, D = width of the features.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -27,35 +27,45 @@ from rewards.types import MediaKind, RewardError, Sample
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trunk:
-    """A frozen network and where it is."""
+    """What one reward has of a frozen network, which other trunks may be of too."""
 
     model: Any
     device: torch.device
+    """Where it computes."""
     dtype: torch.dtype
     scale: float = 1.0
     """exp(logit_scale) in full precision: bfloat16 rounds log 100 so that its exponential is off by 1 %."""
+    holders: WeakSet[Trunk] = field(default_factory=WeakSet, repr=False)
+    """The trunks of this network that rewards hold, in whatever hub; all of them have this one set."""
+
+    def to(self, device: torch.device) -> None:
+        """Move the network, away from its own device only if no other reward holds it: that may be computing."""
+        with _MOVING:
+            if device == self.device or len(self.holders) < 2:
+                self.model.to(device)
 
     def place(self, pixels: Tensor) -> Tensor:
         """Pixels on the network's device, in its precision."""
         return pixels.to(self.device, self.dtype)
 
 
-_SHARED: WeakValueDictionary[Hashable, Trunk] = WeakValueDictionary()
-"""Every trunk that some reward holds; one that none holds any more is gone, from here and from memory."""
-_LOADING = Lock()
+_SHARED: WeakValueDictionary[Hashable, WeakSet[Trunk]] = WeakValueDictionary()
+"""The holders of every network that some reward holds; one that none holds any more is gone, also from memory."""
+_LOADING, _MOVING = Lock(), Lock()
 
 
 def share(key: Hashable, make: Callable[[], Trunk]) -> Trunk:
-    """The trunk of this key, made if no reward holds it yet.
+    """A trunk of the network of this key, which is made if no reward holds it yet, and on its device.
 
-    One is made at a time: two rewards that want the same one must not both read it, and while transformers reads one,
-    the default dtype of the process is not its usual one.
+    One is made at a time: two rewards that want the same one must not both read it.
     """
     with _LOADING:
-        found = _SHARED.get(key)
-        if found is None:
-            found = _SHARED[key] = make()
-        return found
+        held = next(iter(_SHARED.get(key, ())), None)
+        trunk = make() if held is None else replace(held)
+        trunk.holders.add(trunk)
+        _SHARED[key] = trunk.holders
+    trunk.to(trunk.device)  # where it is not if another reward had it alone and put it away
+    return trunk
 
 
 def freeze(model: Any, device: torch.device | str, dtype: torch.dtype) -> Trunk:
@@ -76,16 +86,18 @@ def pretrained(
     *,
     auto: str = "AutoModel",
     checkpoint: bool = False,
+    unused: str | None = None,
 ) -> Trunk:
     """A network of `transformers`, shared; `auto` is the class that reads it, `checkpoint` saves memory for gradients.
 
-    RewardError if it cannot be had, or if the files lack some of its weights: transformers makes those up.
+    RewardError if it cannot be had, or if the files lack some of its weights: transformers makes those up. Those that
+    match the pattern `unused` may be lacking.
     """
 
     def make() -> Trunk:
         import transformers
 
-        model = weights.network(reward, getattr(transformers, auto), torch.promote_types(dtype, torch.float32))
+        model = weights.network(reward, getattr(transformers, auto), torch.float32, unused)
         trunk = freeze(model, device, dtype)
         if checkpoint:
             _checkpoint(model)
@@ -175,16 +187,17 @@ def encoder(
     own_preprocessing: bool = False,
     checkpoint: bool = False,
 ) -> TransformersEncoder:
-    """A CLIP or SigLIP with its tokenizer (`tokenizer`, if that is kept elsewhere).
+    """A CLIP with its tokenizer (`tokenizer`, if that is kept elsewhere).
 
-    Preprocessing is CLIP's own at the size that the network takes, or with `own_preprocessing` what its files say.
+    Preprocessing is CLIP's own at the size that the network takes, or with `own_preprocessing` what its files say; only
+    then it may be a SigLIP.
     """
     import transformers
 
     trunk = dual(weights, reward, device, dtype, checkpoint=checkpoint)
     return TransformersEncoder(
         trunk=trunk,
-        prepare=preprocessing(weights, reward) if own_preprocessing else clip_preprocess(trunk),
+        prepare=preprocessing(weights, reward) if own_preprocessing else clip_preprocess(trunk, weights, reward),
         tokenizer=(tokenizer or weights).pretrained(reward, transformers.AutoTokenizer.from_pretrained),
     )
 
@@ -203,8 +216,14 @@ def dual(
     return trunk
 
 
-def clip_preprocess(trunk: Trunk) -> Preprocess:
-    """CLIP's preprocessing at the size of this network's pictures."""
+def clip_preprocess(trunk: Trunk, weights: Weights, reward: str) -> Preprocess:
+    """CLIP's preprocessing at the size of this network's pictures; RewardError for a SigLIP, which has another."""
+    if hasattr(trunk.model, "logit_bias"):
+        raise RewardError(
+            f"reward {reward!r}: {weights.source!r} is a {type(trunk.model).__name__}; expected a CLIP, for whose "
+            "preprocessing and tokenizer this reward is made. Mend: give a CLIP such as "
+            "openai/clip-vit-large-patch14, or use `clipscore`, which takes both from the model's own files."
+        )
     return Preprocess(size=trunk.model.config.vision_config.image_size)
 
 

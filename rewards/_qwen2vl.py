@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rewards.files import Weights, fill, read_tensors
+from rewards.files import READING, Weights, fill, in_precision, read_tensors
 from rewards.preprocess import CLIP_MEAN, CLIP_STD, resize, smart_size
 from rewards.types import RewardError, Sample
 
@@ -154,10 +154,12 @@ def _renamed(name: str) -> str:
 
 def _load_backbone(config: Any, tensors: dict[str, Tensor], dtype: torch.dtype, reward: str, where: str) -> Any:
     """A Qwen2VLModel that has exactly these weights; RewardError lists what is missing, too much or of another size."""
-    from transformers import Qwen2VLModel
+    import transformers
 
-    with torch.device("meta"):
-        skeleton: nn.Module = Qwen2VLModel(config)
+    auto: Any = transformers  # most of its functions have no types
+    with READING, torch.device("meta"):
+        # in fp32, whatever the config says: its dtype would be the default of the whole process meanwhile
+        skeleton: nn.Module = auto.AutoModel.from_config(config, dtype=torch.float32)
     wanted = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in tensors.items()}
     faults = {
@@ -175,8 +177,9 @@ def _load_backbone(config: Any, tensors: dict[str, Tensor], dtype: torch.dtype, 
             f"reward {reward!r}: the weights in {where} do not fit the network of `base` ({' and '.join(told)}). "
             "Mend: give in `base` the Qwen2-VL that they were trained from, or the file that the reward's card names."
         )
-    model: Any = Qwen2VLModel
-    return model.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    with READING:
+        read = auto.Qwen2VLModel.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+    return in_precision(read, dtype)
 
 
 # ------------------------------------------------------------------------------------------------ network

@@ -12,12 +12,13 @@ text for a model without a chat template. N talks, V entries of the vocabulary, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewards.files import Weights
 from rewards.media import to_pil
@@ -29,6 +30,8 @@ Side: TypeAlias = Literal["left", "right"]
 
 _WORD_STARTS = ("", "▁", "Ġ")
 """How vocabularies write a word: bare, after a space in SentencePiece, after a space in a byte-level BPE."""
+_ROWS = 2**14
+"""Of the vocabulary, brought to fp32 at a time: all of it would take gigabytes."""
 _GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
@@ -53,6 +56,10 @@ def load_vlm(
         raise RewardError(f"{error} {mend}".strip()) from error
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token  # masked wherever it stands, so any token will do
+    reader = getattr(processor, "qformer_tokenizer", None)
+    if reader is not None:  # which may not know how many places InstructBLIP's second reader has
+        places = model.config.qformer_config.max_position_embeddings
+        reader.model_max_length = min(reader.model_max_length, places)
     return model.to(device), processor
 
 
@@ -140,7 +147,7 @@ def encode(
     )
     reader = getattr(processor, "qformer_tokenizer", None)
     if reader is not None:  # InstructBLIP's second reader counts places from the left, whatever the side of the first
-        read = reader(list(texts), padding=True, padding_side="right", return_tensors="pt")
+        read = reader(list(texts), padding=True, truncation=True, padding_side="right", return_tensors="pt")
         inputs.update({f"qformer_{name}": read[name] for name in ("input_ids", "attention_mask")})
     return inputs
 
@@ -166,16 +173,42 @@ def _images(
 
 @torch.no_grad()
 def next_token_logprobs(model: Any, inputs: Any) -> Tensor:
-    """Log-probabilities [N,V], fp32, of the first token of each answer.
+    """Log-probabilities [N,V], fp32, of the first token of each answer; the layer that makes them works in fp32 too.
 
     Through `generate`, which knows for each kind of model the places of a padded row and where an answer starts: after
     the text, or in a decoder of its own.
     """
-    made = model.generate(
-        **inputs.to(model.device, model.dtype), **_GREEDY, max_new_tokens=1, output_logits=True,
-        return_dict_in_generate=True,
-    )  # fmt: skip
+    with _logits_in_full(model):
+        made = model.generate(
+            **inputs.to(model.device, model.dtype), **_GREEDY, max_new_tokens=1, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
     return made.logits[0].float().log_softmax(-1)  # before any of the model's penalties
+
+
+@contextmanager
+def _logits_in_full(model: Any) -> Iterator[None]:
+    """Within, logits are made in fp32: around 20, bf16 knows only steps of 1/8, a factor of 1.13 in a probability.
+
+    A last layer that is not a plain linear one, such as a quantised one, stays as it is.
+    """
+    last = model.get_output_embeddings()
+    if type(last) is not nn.Linear:
+        yield
+        return
+    hook = last.register_forward_hook(_in_full)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _in_full(layer: nn.Linear, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+    """What a linear layer gives for the last place, [N,1,V], at least fp32: all that `generate` looks at."""
+    state = inputs[0][:, -1:]
+    state = state.to(torch.promote_types(state.dtype, torch.float32))
+    logits = torch.cat([state @ rows.to(state.dtype).T for rows in torch.split(layer.weight, _ROWS)], -1)
+    return logits if layer.bias is None else logits + layer.bias
 
 
 @torch.no_grad()

@@ -66,6 +66,7 @@ class Aesthetic:
         """Read network and head; RewardError names what is missing or does not fit."""
         path = self._head.file(self.name)
         trunk = dual(self._model, self.name, device, dtype, checkpoint=self._checkpoint)
+        prepare = clip_preprocess(trunk, self._model, self.name)
         weight, bias = collapse(read_tensors(path))
         width = trunk.model.config.projection_dim
         if weight.shape != (1, width):
@@ -75,7 +76,7 @@ class Aesthetic:
             )
         wide = torch.promote_types(dtype, torch.float32)  # a score of 5.43 is 5.44 in bfloat16
         self._line = weight[0].to(device, wide), bias[0].to(device, wide)
-        self._prepare, self._trunk = clip_preprocess(trunk), trunk
+        self._prepare, self._trunk = prepare, trunk
 
     def unload(self) -> None:
         """Let go of the network; it leaves the memory when no other reward holds it."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewards._clip import Trunk, pretrained
 from rewards.card import Card
 from rewards.files import Weights
 from rewards.preprocess import Preprocess
@@ -23,7 +24,10 @@ from rewards.types import MediaKind, RewardError, Sample
 
 __all__ = ["itc", "itm"]
 
-_WEIGHTS = Weights("Salesforce/blip-itm-large-coco")
+_WEIGHTS = Weights(
+    "Salesforce/blip-itm-large-coco",
+    ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
+)
 _INTERPOLATIONS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 """By PIL's numbers."""
 
@@ -43,7 +47,7 @@ class _Blip:
         licence="BSD-3-Clause",
         weights=(_WEIGHTS,),
         memory_gb=1.8,
-        note="Pictures are squashed to a square, whatever their shape.",
+        note="Both heads share one network. Pictures are squashed to a square, whatever their shape.",
     )
 
     def __init__(self, model: str | None = None, revision: str | None = None) -> None:
@@ -52,9 +56,9 @@ class _Blip:
         Default: Salesforce/blip-itm-large-coco. `revision`: branch, tag or commit on the hub.
         """
         self._weights = _WEIGHTS.at(model, revision)
-        self._model: Any = None
+        self._trunk: Trunk | None = None
         self._tokenizer: Any = None
-        self._preprocess: Preprocess | None = None
+        self._preprocess: Preprocess
 
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Read processor and weights; RewardError if they are missing or not all there."""
@@ -62,20 +66,30 @@ class _Blip:
 
         auto: Any = transformers  # most of its functions have no types
         processor = self._weights.pretrained(self.name, auto.BlipProcessor.from_pretrained)
-        model = self._weights.network(self.name, auto.BlipForImageTextRetrieval, dtype)
-        self._preprocess = _preprocess(self.name, processor.image_processor, model.config.vision_config.image_size)
-        self._model, self._tokenizer = model.to(device), processor.tokenizer
+        trunk = pretrained(self._weights, self.name, device, dtype, auto="BlipForImageTextRetrieval")
+        side = trunk.model.config.vision_config.image_size
+        self._preprocess = _preprocess(self.name, processor.image_processor, side)
+        self._trunk, self._tokenizer = trunk, processor.tokenizer
 
     def unload(self) -> None:
-        """Let network and tokenizer go."""
-        self._model = self._tokenizer = self._preprocess = None
+        """Let network and tokenizer go; the network leaves the memory when the other head does not hold it."""
+        self._trunk = self._tokenizer = None
+
+    @property
+    def _model(self) -> Any:
+        return self._loaded.model
+
+    @property
+    def _loaded(self) -> Trunk:
+        if self._trunk is None:
+            raise RewardError(f"{self.name} has no weights yet; call load(device, dtype) first (a RewardHub does)")
+        return self._trunk
 
     def _pictures(self, samples: Sequence[Sample]) -> Tensor:
         """What is seen, [N,P+1,W]."""
-        if self._preprocess is None:
-            raise RewardError(f"{self.name} has no weights yet; call load(device, dtype) first (a RewardHub does)")
-        pixels = self._preprocess([sample.media for sample in samples])
-        return self._model.vision_model(pixel_values=pixels.to(self._model.device, self._model.dtype)).last_hidden_state
+        trunk = self._loaded
+        pixels = trunk.place(self._preprocess([sample.media for sample in samples]))
+        return trunk.model.vision_model(pixel_values=pixels).last_hidden_state
 
     def _texts(self, samples: Sequence[Sample], seen: Tensor | None) -> Tensor:
         """The class token [N,W] of the prompts, read while looking at `seen` or at nothing."""
@@ -85,7 +99,7 @@ class _Blip:
             truncation=True,
             max_length=self._model.config.text_config.max_position_embeddings,
             return_tensors="pt",
-        ).to(self._model.device)
+        ).to(self._loaded.device)
         return self._model.text_encoder(
             input_ids=read["input_ids"], attention_mask=read["attention_mask"], encoder_hidden_states=seen
         ).last_hidden_state[:, 0]

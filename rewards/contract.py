@@ -78,7 +78,9 @@ def _vector(returned: Any, count: int, name: str) -> Tensor:
         if returned.dtype.kind not in "iufb":
             _refuse(name, f"an array of {returned.dtype}", "numbers", "use float(...), and NaN for no verdict")
         returned = torch.from_numpy(returned)
-    value = returned if isinstance(returned, Tensor) else torch.tensor(_numbers(returned, count, name))
+    value = returned
+    if not isinstance(returned, Tensor):
+        value = torch.tensor(_numbers(returned, count, name), dtype=torch.float32)  # whatever the default dtype is
     if value.dtype == torch.bool or value.is_complex():
         _refuse(name, f"values of {value.dtype}", "floating point", "use .float(), and mind that True becomes 1.0")
     if value.requires_grad and not torch.is_grad_enabled():

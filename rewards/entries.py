@@ -42,6 +42,7 @@ class Entry:
     batch_size: int | None = None
     frames: int = 4
     offload: str = "none"
+    """Where its weights are between calls: none, cpu or drop; a network that another loaded reward shares stays."""
     cache: int = 0
     """How many verdicts to remember."""
 

@@ -9,9 +9,11 @@ first; HF_HUB_OFFLINE=1 keeps it at that. What is not there is an error that nam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 from zipfile import is_zipfile
 
@@ -21,6 +23,9 @@ from torch import Tensor
 from rewards.types import RewardError
 
 Model = TypeVar("Model")
+
+READING = Lock()
+"""Held while transformers makes a network: it exchanges functions of its own meanwhile, for all threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,24 +61,25 @@ class Weights:
         return f"hf download {' '.join([self.source, *self.names])}{revision}"
 
     def is_here(self) -> bool:
-        """Whether all of it is on the disk already; asks no network."""
+        """Whether all of it is on the disk already, as far as `names` tell; asks no network."""
+        names = self.names or ("config.json",)
         if self.local is not None:
-            return self.local.is_file() or all((self.local / name).is_file() for name in self.names)
+            return all(self._found(name) for name in names)
         if self.is_path:
             return False
         from huggingface_hub import try_to_load_from_cache
 
-        names = self.names or ("config.json",)
         return all(isinstance(try_to_load_from_cache(self.source, name, revision=self.revision), str) for name in names)
 
     def file(self, reward: str, name: str | None = None) -> Path:
         """One file (by default the first of `names`), fetched if that is allowed; RewardError names what is missing."""
         name = name or self.names[0]
         if self.local is not None:
-            path = self.local if self.local.is_file() else self.local / name
-            if path.is_file():
+            path = self._found(name)
+            if path is not None:
                 return path
-            raise RewardError(f"reward {reward!r}: {self.local} has no {name}. {self._mend(name)}")
+            lacks = "has no" if self.local.is_dir() else "is a file, and around it there is no"
+            raise RewardError(f"reward {reward!r}: {self.local} {lacks} {name}. {self._mend(name)}")
         self._refuse_lost_path(reward)
         from huggingface_hub import hf_hub_download
 
@@ -83,6 +89,23 @@ class Weights:
             raise RewardError(
                 f"reward {reward!r}: {name} of {self.source!r} cannot be had. {self._mend(name)}"
             ) from error
+
+    def _found(self, name: str) -> Path | None:
+        """The file `name` of a `source` on the disk; None if it is not there.
+
+        A `source` that is a file is the one of `names` that is called like it, or else the first, under a name of the
+        user's; the others are looked for beside it, and as far above as it lies deep in the repository.
+        """
+        local = self.local
+        if local is None:
+            return None
+        folders = [local]
+        if local.is_file():
+            own = next((each for each in self.names if Path(each).name == local.name), (*self.names, name)[0])
+            if name == own:
+                return local
+            folders = list(local.absolute().parents[: len(Path(own).parts)])
+        return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
     def _mend(self, name: str) -> str:
         return f"Fetch it where there is a network (`{self.command}`), or give the path of your copy of {name}."
@@ -105,23 +128,41 @@ class Weights:
                 f"Mend: fetch it where there is a network (`{self.command}`), or give the folder of your copy."
             ) from error
 
-    def network(self, reward: str, kind: Any, dtype: torch.dtype) -> Any:
-        """A transformers model of the class `kind` from safetensors: frozen, eval, on the CPU.
+    def network(self, reward: str, kind: Any, dtype: torch.dtype, unused: str | None = None) -> Any:
+        """A transformers model of the class `kind` from safetensors: frozen, eval, on the CPU, its weights in `dtype`.
 
         RewardError if the files lack some of its weights: transformers draws those at random, and such a network
-        scores without a word.
+        scores without a word. Weights that match the pattern `unused` may be lacking, and are NaN then.
         """
-        model, report = self.pretrained(
-            reward, kind.from_pretrained, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-        lacking = sorted(report["missing_keys"])
+        with READING:
+            model, report = self.pretrained(
+                reward, kind.from_pretrained, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+        spared = {name for name in report["missing_keys"] if unused and re.match(unused, name)}
+        for name in spared:
+            model.get_parameter(name).data.fill_(float("nan"))
+        lacking = sorted(report["missing_keys"] - spared)
         if lacking:
             raise RewardError(
                 f"reward {reward!r}: {self.source!r} is no checkpoint of {type(model).__name__}: it lacks "
                 f"{len(lacking)} weights ({', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}). "
                 "Mend: give a model of the kind that the reward's card names (`flowrl reward info`)."
             )
-        return model.requires_grad_(False).eval()
+        return in_precision(model, dtype).requires_grad_(False).eval()
+
+
+def in_precision(model: Any, dtype: torch.dtype) -> Any:
+    """A transformers model that was read in fp32 with its weights in `dtype`, as `from_pretrained` would have them.
+
+    It is not asked for that itself: while it reads, `dtype` is the default of the whole process, and other threads get
+    it too. The price is memory: the weights are fp32 for a moment. What a model keeps in fp32 stays so, and so do
+    buffers that are made and not read, such as frequencies of rotary positions.
+    """
+    kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if weight.is_floating_point() and not any(pattern.search(name) for pattern in kept):
+            weight.data = weight.data.to(dtype)
+    return model
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ class OpticalFlow:
             )
         self._reward, self._estimator, self._weights = reward, estimator, weights
         self.side = side
-        self._between: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._between: Callable[[Tensor, Tensor], Tensor] | None = None  # an object with its network, or a function
 
     @property
     def differentiable(self) -> bool:
@@ -79,7 +79,7 @@ class OpticalFlow:
     def load(self, device: torch.device) -> None:
         """Import OpenCV, or read RAFT's weights."""
         if self._weights is not None:
-            self._between = _raft(self._reward, Path(self._weights).expanduser(), device)
+            self._between = _Raft(self._reward, Path(self._weights).expanduser(), device)
         else:
             self._between = _opencv(self._reward, self._estimator)
 
@@ -126,25 +126,26 @@ def _luma(frames: Tensor) -> NDArray[np.uint8]:
     return grey
 
 
-def _raft(reward: str, file: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+class _Raft:
     """RAFT in fp32: its correlations do not survive half precision."""
-    from torchvision.models.optical_flow import raft_large, raft_small
 
-    if not file.is_file():
-        raise RewardError(f"reward {reward!r}: there is no file {file}; give `weights` the path of RAFT's weights")
-    tensors = read_tensors(file)
-    first_layer = tensors.get("feature_encoder.convnormrelu.0.weight")
-    network = (raft_small if first_layer is not None and len(first_layer) == 32 else raft_large)(weights=None)
-    fill(network, tensors, reward, file)
-    network.requires_grad_(False).eval().to(device)
+    def __init__(self, reward: str, file: Path, device: torch.device) -> None:
+        from torchvision.models.optical_flow import raft_large, raft_small
 
-    def between(first: Tensor, second: Tensor) -> Tensor:
+        if not file.is_file():
+            raise RewardError(f"reward {reward!r}: there is no file {file}; give `weights` the path of RAFT's weights")
+        tensors = read_tensors(file)
+        first_layer = tensors.get("feature_encoder.convnormrelu.0.weight")
+        network = (raft_small if first_layer is not None and len(first_layer) == 32 else raft_large)(weights=None)
+        fill(network, tensors, reward, file)
+        self._network = network.requires_grad_(False).eval().to(device)  # an attribute, so that `offload` finds it
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
         height, width = first.shape[-2:]
         beyond = (0, -width % 8, 0, -height % 8)
         padded = (F.pad(2 * frames - 1, beyond, mode="replicate") for frames in (first, second))
-        return network(*padded)[-1][..., :height, :width]  # the last of its refinements
-
-    return between
+        flows: Tensor = self._network(*padded)[-1]  # the last of its refinements
+        return flows[..., :height, :width]
 
 
 def magnitudes(flow: Tensor, statistic: str = "mean") -> Tensor:
@@ -195,8 +196,9 @@ class Magnitude(_Moving):
     """How much a video moves: mean length of its optical flow, in pixels a frame; at least 0.
 
     To be used as a gate that stops a policy from freezing its videos, `{weight: 0, gate: {min: ...}}`: whoever
-    maximises it gets shaking. With statistic: top5, side 256 and 8 fps it is what VBench (arXiv:2311.17982) bases its
-    dynamic degree on.
+    maximises it gets shaking. The top5 are taken after the dynamic degree of VBench (arXiv:2311.17982).
+
+    Note: VBench measures with RAFT, here an option, and then counts what is above a threshold: its numbers are others.
     """
 
     def __init__(
@@ -236,6 +238,9 @@ class Spikes(_Moving):
 
     Without `still` a frozen video would be perfect. Both use the median: neither one jump nor a slide show, which is
     frozen most of the time, can buy movement.
+
+    Known pitfall: frames of nothing but noise score 0, the most there is, for they differ all to the same degree. Put a
+    reward of how frames look beside it.
 
     Note: the paper's exact formula was not at hand. Ours is bounded: one cut costs at most 1 / (F - 1); and relative to
     the clip's own speed, so that fast videos may be fast. How fast a cut seems is the estimator's guess, for nothing

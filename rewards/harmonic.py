@@ -32,7 +32,7 @@ def harmonic(similarity: Tensor, alignment: Tensor, weight: float) -> Tensor:
 class Harmonic:
     """Weighted harmonic mean of two rewards, in [0, 1] (lambda-Harmonic of RPO, arXiv:2407.12164).
 
-    Parts: similarity and alignment, both in [0, 1]. One that has no weight is not asked.
+    Parts: similarity and alignment, both in [0, 1]; info: what each of them said. One that has no weight is not asked.
     """
 
     name = "harmonic"
@@ -91,17 +91,26 @@ class Harmonic:
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         """Harmonic means [N]; NaN where one of the two has no verdict."""
-        parts = {
-            part: (_scores(member, samples, part) - low).div(high - low).clamp(0, 1)
-            for part, (member, low, high) in self._members.items()
+        said = {
+            part: as_scores(member.score(samples), len(samples), f"harmonic ({part})")
+            for part, (member, *_) in self._members.items()
         }
+        parts = {
+            part: (said[part].value - low).div(high - low).clamp(0, 1) for part, (_, low, high) in self._members.items()
+        }
+        told = zip(*(scores.info for scores in said.values()), strict=True)
+        info = [_merged(dict(zip(said, entries, strict=True))) for entries in told]
         if len(parts) == 1:
-            return Scores(value=next(iter(parts.values())), parts=parts)
-        return Scores(value=harmonic(parts["similarity"], parts["alignment"], self.weight), parts=parts)
+            return Scores(value=next(iter(parts.values())), parts=parts, info=info)
+        return Scores(value=harmonic(parts["similarity"], parts["alignment"], self.weight), parts=parts, info=info)
 
 
-def _scores(member: Reward, samples: Sequence[Sample], part: str) -> Tensor:
-    return as_scores(member.score(samples), len(samples), f"harmonic ({part})").value
+def _merged(said: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """One sample's info from {part: its member's info}: the first error is its error; failed if one of them has."""
+    info: dict[str, Any] = {part: entry for part, entry in said.items() if entry}
+    errors = [f"{part}: {entry['error']}" for part, entry in said.items() if "error" in entry]
+    failed = any(entry.get("failed") for entry in said.values())
+    return info | ({"error": errors[0]} if errors else {}) | ({"failed": True} if failed else {})
 
 
 def _member(part: str, use: str, options: Mapping[str, Any] | None) -> tuple[Reward, Traits]:

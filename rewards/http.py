@@ -28,15 +28,17 @@ import ssl
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self, cast
 from urllib.parse import urlsplit
 
 from rewards.types import RewardError
 
-__all__ = ["Endpoint", "RemoteError", "is_loopback", "parse_json", "read_token"]
+__all__ = ["Endpoint", "RemoteError", "began", "is_loopback", "one_call", "parse_json", "read_token", "readable"]
 
 _AGAIN = frozenset({408, 425, 429})
 """Statuses besides 5xx that another try may mend."""
@@ -77,6 +79,34 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def readable(text: str, most: int = 400) -> str:
+    """Text from elsewhere, fit for a log: without control characters and lone surrogates, at most `most` long."""
+    text = "".join(character if character.isprintable() else " " for character in text[: most + 1])
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+_began: ContextVar[float | None] = ContextVar("began", default=None)
+
+
+@contextmanager
+def one_call() -> Iterator[None]:
+    """Deadlines inside count from now, not from each question: batches, frames and repeats multiply no deadline.
+
+    Inside another one the outer beginning holds.
+    """
+    token = _began.set(began())
+    try:
+        yield
+    finally:
+        _began.reset(token)
+
+
+def began() -> float:
+    """When the `one_call` under way began, in the time of `time.monotonic`; without one, now."""
+    start = _began.get()
+    return time.monotonic() if start is None else start
+
+
 def parse_json(data: bytes) -> Any:
     """JSON in UTF-8 as Python objects; ValueError for anything else, and for NaN and infinities."""
     try:
@@ -109,7 +139,7 @@ class Endpoint:
         timeout           seconds for one try: connecting, sending, and the whole answer
         deadline          seconds for one call: waiting for its turn, all tries, and the pauses between them
         retries           tries after the first
-        max_bytes         of an answer
+        max_bytes         of an answer; with its headers and the marks of its chunks 128 KiB more
         max_concurrency   requests at the same time; further calls wait
         """
         servers = [_read_url(url) for url in ([urls] if isinstance(urls, str) else urls)]
@@ -155,8 +185,10 @@ class Endpoint:
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None, deadline: float | None) -> Any:
         limit = self._deadline if deadline is None else deadline
         end = time.monotonic() + limit
+        if limit <= 0:  # no server is to blame for what it was not asked
+            raise RemoteError(self._pool.servers[0].url + path, "not asked: the deadline was over before its turn")
         asked = _Asked(method, path, None if body is None else _written(path, body))
-        if not self._slots.acquire(timeout=max(0.0, limit)):
+        if not self._slots.acquire(timeout=limit):
             raise RemoteError(self._pool.servers[0].url + path, f"no free slot before the deadline of {limit:g} s")
         try:
             return self._tries(asked, end, limit)
@@ -190,8 +222,7 @@ class Endpoint:
         """A reason fit for a log: without the token and without control characters, and short."""
         if self._token:
             reason = reason.replace(self._token, "***")
-        reason = "".join(character if character.isprintable() else " " for character in reason)
-        return reason if len(reason) <= 400 else reason[:397] + "..."
+        return readable(reason)
 
     def _try(self, server: _Server, asked: _Asked, end: float) -> Any:
         """One try, on a connection that was kept if there is one."""
@@ -215,10 +246,10 @@ class Endpoint:
 
     def _exchange(self, line: _Line, server: _Server, asked: _Asked, until: float) -> Any:
         """One request and its answer; the connection is kept for the next if it can be."""
-        line.until = until
+        line.until, line.most, line.came = until, self._max_bytes + 2 * _PIECE, 0
         try:
             response = self._request(line, server, asked)
-            answer = self._answer(response)
+            answer = self._answer(line, response)
         except BaseException:
             line.close()
             raise
@@ -253,7 +284,7 @@ class Endpoint:
         except OSError as error:
             raise _FailedError(f"the connection failed: {error}", sick=True) from error
 
-    def _answer(self, response: http.client.HTTPResponse) -> Any:
+    def _answer(self, line: _Line, response: http.client.HTTPResponse) -> Any:
         """The JSON of a good answer; anything else is a failure with its reason."""
         status = response.status
         if 300 <= status < 400:
@@ -263,6 +294,7 @@ class Endpoint:
                 status=status,
             )
         if not 200 <= status < 300:
+            line.most = min(line.most, line.came + 2 * _PIECE)  # a refusal is short
             raise _FailedError(
                 f"HTTP {status} {response.reason}{_told(response)}",
                 status=status,
@@ -413,12 +445,14 @@ class _Line:
     """A connected socket of which every send and every receive ends at `until`, a time of `time.monotonic`.
 
     A timeout of the socket alone bounds the silence between two bytes: one byte a second would be waited for forever.
-    It has what http.client needs of a socket.
+    And `most` bytes come in at most, counted here: http.client reads to the end of what claims to be a chunk of -1
+    bytes. It has what http.client needs of a socket.
     """
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
         self.until = 0.0
+        self.most = self.came = 0
 
     def sendall(self, data: bytes) -> None:
         """Send all of it, in pieces."""
@@ -453,7 +487,11 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         """What is there, waiting for it no longer than the line may."""
         self._line.wait_at_most()
-        return self._raw.readinto(buffer)
+        count = self._raw.readinto(buffer)
+        self._line.came += count or 0
+        if self._line.came > self._line.most:
+            raise _FailedError(f"the answer has more than {self._line.most} bytes")
+        return count
 
     def close(self) -> None:
         """Let go of the line."""

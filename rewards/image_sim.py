@@ -14,11 +14,13 @@ from rewards._clip import Trunk, chosen, preprocessing, pretrained, unit
 from rewards.card import Card
 from rewards.files import Weights
 from rewards.preprocess import Preprocess
-from rewards.types import MediaKind, RewardError, Sample
+from rewards.types import MediaKind, RewardError, Sample, Scores, no_verdict
 
 __all__ = ["ImageSim"]
 
 _MODEL = Weights("facebook/dinov2-base", ("config.json", "model.safetensors", "preprocessor_config.json"))
+_POOLER = r"pooler\."
+"""A layer behind the CLS token, which is not looked at; many a ViT is published without it."""
 
 
 class ImageSim:
@@ -54,19 +56,29 @@ class ImageSim:
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Read network and preprocessing; RewardError names what is missing."""
         self._prepare = preprocessing(self._model, self.name)
-        self._trunk = pretrained(self._model, self.name, device, dtype)
+        self._trunk = pretrained(self._model, self.name, device, dtype, unused=_POOLER)
 
     def unload(self) -> None:
         """Let go of the network; it leaves the memory when no other reward holds it."""
         self._trunk = None
 
-    def score(self, samples: Sequence[Sample]) -> Tensor:
-        """Cosines [N], differentiable in the pictures; a reference that several samples share is seen once."""
-        seen: dict[Hashable, Any] = {_key(sample.meta["reference"]): sample.meta["reference"] for sample in samples}
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        """Cosines [N], differentiable in the pictures; a reference that several samples share is seen once.
+
+        NaN, with the reason, where the reference is no picture.
+        """
+        given = [_key(sample.meta["reference"]) for sample in samples]
+        seen, errors = _references({key: sample.meta["reference"] for key, sample in zip(given, samples, strict=True)})
+        info = [{"error": errors[key]} if key in errors else {} for key in given]
+        rows = [row for row, key in enumerate(given) if key in seen]
+        if not rows:
+            return Scores(value=no_verdict(len(samples)), info=info)
         with torch.no_grad():
-            references = self._features([folder.reference(reference) for reference in seen.values()])
-        rows = [list(seen).index(_key(sample.meta["reference"])) for sample in samples]
-        return (self._features([sample.media for sample in samples]) * references[rows]).sum(-1).clamp(-1, 1)
+            references = self._features(list(seen.values()))[[list(seen).index(given[row]) for row in rows]]
+        cosines = (self._features([samples[row].media for row in rows]) * references).sum(-1).clamp(-1, 1)
+        value = cosines.new_full((len(samples),), float("nan"))
+        value[rows] = cosines
+        return Scores(value=value, info=info)
 
     def _features(self, images: Sequence[Tensor]) -> Tensor:
         """Features [N,D] of length 1."""
@@ -76,6 +88,17 @@ class ImageSim:
         if hasattr(model, "get_image_features"):
             return unit(model.get_image_features(pixel_values=pixels).pooler_output)
         return unit(model(pixel_values=pixels).last_hidden_state[:, 0])
+
+
+def _references(given: dict[Hashable, Any]) -> tuple[dict[Hashable, Tensor], dict[Hashable, str]]:
+    """Those that are pictures [3,H,W] by key, and what is wrong with the others."""
+    seen, errors = {}, {}
+    for key, reference in given.items():
+        try:
+            seen[key] = folder.reference(reference)
+        except RewardError as error:
+            errors[key] = str(error)
+    return seen, errors
 
 
 def _key(reference: Any) -> Hashable:

@@ -106,6 +106,17 @@ def _new_name(name: str, head: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """BERT's sizes, of med_config.json."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:  # no text, no JSON, or no sizes by name
+        raise RewardError(
+            f"reward 'imagereward': {path} is no med_config.json ({type(error).__name__}: {error}). "
+            f"Mend: fetch it again (`{_WEIGHTS.command}`)."
+        ) from error
+
+
 def _network(tensors: dict[str, Tensor], config: dict[str, Any], where: Path) -> _Network:
     """The network that `tensors` (renamed) and BERT's `config` describe, filled with them."""
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
@@ -164,13 +175,16 @@ class ImageReward:
     differentiable = True
     card = Card(
         source="ImageReward, arXiv:2304.05977",
+        licence="Apache-2.0",
         weights=(_WEIGHTS, _TOKENIZER),
         memory_gb=1.8,
         note="Reads the first 35 tokens of a prompt and the central square of a picture.",
     )
 
     def __init__(self, model: str | None = None, revision: str | None = None, tokenizer: str | None = None) -> None:
-        """`model`: folder or hub id with `ImageReward.pt` and `med_config.json`; default: THUDM/ImageReward.
+        """`model`: folder or hub id with `ImageReward.pt` and `med_config.json`, or that file with the other beside it.
+
+        Default: THUDM/ImageReward.
 
         revision    branch, tag or commit of `model` on the hub
         tokenizer   folder or hub id of BERT's tokenizer; default: bert-base-uncased
@@ -185,7 +199,7 @@ class ImageReward:
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Read checkpoint and tokenizer; RewardError if a file or a weight is missing. The head is never below fp32."""
         checkpoint = self._weights.file(self.name)
-        config = json.loads(self._weights.file(self.name, "med_config.json").read_text(encoding="utf-8"))
+        config = _read_config(self._weights.file(self.name, "med_config.json"))
         tokenizer = self._read_tokenizer()
         network = _network(renamed(read_tensors(checkpoint)), config, checkpoint)
         rows = network.text_encoder.get_input_embeddings().num_embeddings

@@ -30,10 +30,14 @@ from rewards._answers import Levels, Unreadable
 from rewards._chat import Chat, LocalChat, Outcome, Question, RemoteChat
 from rewards._template import Template, read_template
 from rewards.card import Card
+from rewards.http import RemoteError
 from rewards.media import frame
 from rewards.types import MediaKind, RewardContractError, RewardError, Sample, Scores
 
 __all__ = ["Judge"]
+
+_KEPT = 4000
+"""Characters of an answer that stay in `info`, which is kept with every sample of a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class _Opinion:
     value: float
     """Score, NaN = no verdict."""
     parts: dict[str, float] = field(default_factory=dict)
-    info: dict[str, str] = field(default_factory=dict)
+    info: dict[str, object] = field(default_factory=dict)
 
 
 class Judge:
@@ -87,7 +91,7 @@ class Judge:
         revision          of a local model, on the hub
         num_frames        pictures of a video
         max_tokens        of an answer; None: the template's. One that is cut off gets twice as many, once
-        token             bearer token of the server, or env:NAME
+        token             env:NAME, the environment variable with the server's token
         seed              sent to the server; answers are greedy all the same
         timeout           seconds for one try of a request
         deadline          seconds for one call, of all its samples
@@ -97,6 +101,11 @@ class Judge:
         for key, value in (("num_frames", num_frames), ("max_tokens", 1 if max_tokens is None else max_tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RewardError(f"{self.name}: {key} is {value!r}; expected a whole number of at least 1")
+        if token is not None and not str(token).startswith("env:"):
+            raise RewardError(
+                f"{self.name}: a token must not stand in a config, which is kept with every run. "
+                "Mend: export NAME=..., and token: env:NAME"
+            )
         self._mode, self._num_frames = mode or self.default_mode, num_frames
         self._template: Template = read_template(self.name, self._mode, template)
         self._max_tokens = max_tokens or self._template.max_tokens
@@ -155,7 +164,7 @@ class Judge:
         """
         if self.compares:
             opinions = self._opinions([self._between(first, second) for first, second in pairs])
-            self._tell([opinion.info["error"] for opinion in opinions if "error" in opinion.info], len(pairs))
+            self._tell([str(opinion.info["error"]) for opinion in opinions if "error" in opinion.info], len(pairs))
             return [opinion.value for opinion in opinions]
         samples = {id(sample): sample for pair in pairs for sample in pair}
         scores = self.score(list(samples.values()))
@@ -183,8 +192,11 @@ class Judge:
 
     def _opinion(self, outcome: Outcome) -> _Opinion:
         if isinstance(outcome, RewardError):
-            return _Opinion(math.nan, info={"error": str(outcome)})
-        info = {"answer": outcome.text}
+            told: dict[str, object] = {"error": str(outcome)}
+            if isinstance(outcome, RemoteError):  # the server's fault, not the sample's
+                told["failed"] = True
+            return _Opinion(math.nan, info=told)
+        info: dict[str, object] = {"answer": _shortened(outcome.text)}
         if not outcome.finished and not self._template.wants_logprobs:
             error = f"the answer did not end within {2 * self._max_tokens} tokens; raise max_tokens"
             return _Opinion(math.nan, info={**info, "error": error})
@@ -229,6 +241,12 @@ class Judge:
                 "Further failures only show in `unjudged`.",
                 stacklevel=3,
             )
+
+
+def _shortened(text: str) -> str:
+    """A text that is no longer than it may be in `info`: its verdict is at one of its ends."""
+    left_out = len(text) - _KEPT
+    return text if left_out <= 0 else f"{text[: _KEPT // 2]} [{left_out} characters] {text[-_KEPT // 2 :]}"
 
 
 def _vector(values: Sequence[float]) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from rewards.types import RewardContractError, Sample
@@ -43,7 +43,17 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """Any PIL image -> RGB [3, H, W] float in [0, 1]."""
+    """Any PIL image -> RGB [3, H, W] float in [0, 1], as a viewer shows it.
+
+    Turned as its EXIF data say, laid on white where it is transparent; 16-bit grey keeps its 65536 levels.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # PIL's own conversion to RGB cuts at 255
+        grey = torch.from_numpy(np.array(image, dtype=np.float32)).clamp(0, 65535) / 65535
+        return grey.expand(3, -1, -1).clone()
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 

@@ -12,6 +12,8 @@ What is read is scored in one of two ways:
 
 Case and white space do not count. The target is `meta["text"]`, else what stands between double quotes in the prompt
 (all of it, in order). Both numbers are logged as parts, so that the distance between them shows the repetition.
+
+Note: Flow-GRPO's code takes only the first quoted text of a prompt. Where there are more, give that in `meta["text"]`.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class OCR:
     device = "cpu"
     card = Card(
         source="RapidOCR 3.10 with PP-OCRv6 (PaddleOCR); tesseract 5",
+        licence="Apache-2.0 (RapidOCR and its weights)",
         memory_gb=0.03,
         packages={"rapidocr": _INSTALL, "onnxruntime": _INSTALL},
         note=f"engine: tesseract needs that program instead: {_APT}",

@@ -116,7 +116,8 @@ class Pairs:
         """Win rates [N] of the samples of any number of groups, in any order; NaN where no pair has a verdict.
 
         `info` lists the pairs without a verdict under "unjudged": whom they were against, by place in the group, and
-        why. Raises what the judge raised if that was a bug, or if it has left no pair of the call with a verdict.
+        why. Raises what the judge raised if that was a bug, or if it has left no pair of the call with a verdict;
+        where it says itself that it could not ask, `info` has its `failed` instead.
         """
         groups: dict[int, list[int]] = {}
         for row, sample in enumerate(samples):
@@ -150,6 +151,8 @@ class _Lead(NamedTuple):
     reason: str
     flipped: bool = False
     """Each order had another winner: the judge looks at the side, not at the sample."""
+    failed: bool = False
+    """No verdict because whom the judge asked, such as a server, could not answer."""
 
 
 class _ScoreJudge:
@@ -181,11 +184,16 @@ class _ScoreJudge:
             scores, _ = self._scorer.run(samples, {})
         except RewardError as error:  # it forgives samples, so this is a bug or no memory: nothing to go on with
             raise RewardContractError(str(error)) from error
-        if scores.value.isnan().all():
+        failed = any(entry.get("failed") for entry in scores.info)  # it has waited for a server, and told why: enough
+        if scores.value.isnan().all() and not failed:
             self._scorer.warm(samples)  # raises what the judge raised, if it did: then it is broken, not unlucky
-        value, errors = scores.value.tolist(), [entry.get("error", "") for entry in scores.info]
-        leads = [_Lead(value[i] - value[j], f"no score: {errors[i if math.isnan(value[i]) else j]}") for i, j in pairs]
-        return leads, {"score": scores.value}
+        return [self._lead(pair, scores) for pair in pairs], {"score": scores.value}
+
+    @staticmethod
+    def _lead(pair: Pair, scores: Scores) -> _Lead:
+        (a, b), told = scores.value[list(pair)].tolist(), [scores.info[row] for row in pair]
+        reason = told[0 if math.isnan(a) else 1].get("error", "")
+        return _Lead(a - b, f"no score: {reason}", failed=any(entry.get("failed") for entry in told))
 
 
 class _PreferenceJudge:
@@ -358,10 +366,12 @@ def _flips(pairs: Sequence[Pair], leads: Sequence[_Lead], like: Tensor) -> Tenso
 def _info(
     pairs: Sequence[Pair], leads: Sequence[_Lead], place: Mapping[int, int], value: Tensor
 ) -> list[dict[str, Any]]:
-    """Per sample the pairs without a verdict, and `error` where there was no other."""
+    """Per sample the pairs without a verdict, and `error` where there was no other: `failed` if none was to be had."""
     unjudged: list[list[dict[str, Any]]] = [[] for _ in value]
+    failed: set[int] = set()
     for (i, j), lead in zip(pairs, leads, strict=True):
         if math.isnan(lead.value):
+            failed |= {i, j} if lead.failed else set()
             unjudged[i].append({"against": place[j], "error": lead.reason})
             unjudged[j].append({"against": place[i], "error": lead.reason})
     info: list[dict[str, Any]] = [{"unjudged": missed} if missed else {} for missed in unjudged]
@@ -369,4 +379,5 @@ def _info(
         missed = unjudged[row]
         reason = f"none of its {len(missed)} pairs has a verdict; the first: {missed[0]['error']}" if missed else ""
         info[row]["error"] = reason or "its group has no other sample to compare it with"
+        info[row] |= {"failed": True} if row in failed else {}
     return info

@@ -27,6 +27,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 """Mean and std of SigLIP."""
 
+_SLIVER = 16
+"""Longer side by shorter: beyond it `shortest` cuts before it resizes, or 1 x 2000 pixels become 224 x 448000."""
+
 Mode = Literal["shortest", "pad", "squash"]
 
 
@@ -51,12 +54,14 @@ class Preprocess:
         return (batch - mean) / std
 
     def _framed(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
         if self.mode == "squash":
             return resize(image, self.size, self.size, self.interpolation)
         if self.mode == "shortest":
+            image = without_ends(image)
+            height, width = image.shape[-2:]
             short = self.resized or self.size
             return centre_crop(resize(image, *shortest(height, width, short), self.interpolation), self.size)
+        height, width = image.shape[-2:]
         return pad_to_square(resize(image, *longest(height, width, self.size), self.interpolation), self.size)
 
 
@@ -92,6 +97,17 @@ def centre_crop(image: Tensor, size: int) -> Tensor:
     """
     top, left = (image.shape[-2] - size) // 2, (image.shape[-1] - size) // 2
     return image[..., top : top + size, left : left + size]
+
+
+def without_ends(image: Tensor) -> Tensor:
+    """The centre of a sliver [.., H, W], 16 times as long as wide; any other image as it is.
+
+    A square in the centre is resized from pixels far from the cut, so that nothing in it changes but for rounding.
+    """
+    height, width = image.shape[-2:]
+    axis, spare = (-1, width - _SLIVER * height) if height <= width else (-2, height - _SLIVER * width)
+    ends = max(0, spare) // 2  # the same at both, so that the centre stays where it is
+    return image.narrow(axis, ends, image.shape[axis] - 2 * ends)
 
 
 def pad_to_square(image: Tensor, size: int, value: float = 0.0) -> Tensor:

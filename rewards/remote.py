@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ from rewards import folder
 from rewards.card import Card
 from rewards.contract import Sheet
 from rewards.functions import nearest
-from rewards.http import Endpoint, RemoteError, read_token
+from rewards.http import Endpoint, RemoteError, began, read_token, readable
 from rewards.media import to_pil
 from rewards.types import RewardContractError, RewardError, Sample, Scores, Traits
 
@@ -39,6 +40,8 @@ __all__ = ["VERSION", "Remote", "to_wire"]
 
 VERSION = 1
 """Of the messages; a server that speaks another one is refused."""
+_DEEPEST, _LONGEST_INFO = 16, 1 << 16
+"""How deeply a sample's info may be nested, and its length as JSON: it goes into logs, and the scores do without."""
 _ADDRESS = "`use: http://host:port/name`, with the name that the server gives the reward"
 
 
@@ -69,7 +72,7 @@ class Remote:
 
         token             env:NAME, the environment variable with the server's token
         timeout           seconds for one try of one request
-        deadline          seconds for all requests of a call together, retries included
+        deadline          seconds for all requests of a call of the hub together, retries, batches and frames included
         retries           further tries after 408, 425, 429, 5xx, or if nobody listens
         request_size      samples in one request; a group is not divided if the reward compares groups
         max_concurrency   requests at the same time
@@ -133,7 +136,7 @@ class Remote:
         """
         if self._pool is None:
             raise RewardError(f"reward {self.name!r} is not loaded; the hub does that, or call .load(device, dtype)")
-        end = time.monotonic() + self._deadline
+        end = began() + self._deadline
         for row, sample in enumerate(samples):
             _check_json({k: v for k, v in sample.meta.items() if not _is_picture(k, v)}, f"sample {row}: meta")
         sheet = Sheet(len(samples))
@@ -165,14 +168,30 @@ class Remote:
         return requests
 
     def _ask(self, samples: Sequence[Sample], end: float) -> Scores:
-        """One request."""
+        """One request, without the samples that cannot be sent."""
         assert self._endpoint is not None
-        body = {"reward": self.name, "samples": [to_wire(sample) for sample in samples]}
+        sheet = Sheet(len(samples))
+        written = self._written(samples, sheet)
+        if not written:
+            return sheet.scores()
+        body = {"reward": self.name, "samples": list(written.values())}
         answer = self._endpoint.post("/v1/score", body, deadline=end - time.monotonic())
         try:
-            return _read_scores(answer, len(samples))
+            sheet.put(list(written), _read_scores(answer, len(written)))
         except ValueError as error:
             raise RemoteError(f"{self._bases[0]}/v1/score", f"the answer is no list of scores: {error}") from error
+        return sheet.scores()
+
+    def _written(self, samples: Sequence[Sample], sheet: Sheet) -> dict[int, dict[str, Any]]:
+        """{row: wire form} of the samples whose pictures can be read; the others, or their groups, get the reason."""
+        written = {}
+        for row, sample in enumerate(samples):
+            try:
+                written[row] = to_wire(sample)
+            except RewardError as error:
+                lost = [r for r, s in enumerate(samples) if s.group == sample.group] if self.scope == "group" else [row]
+                sheet.fail(lost, str(error))
+        return {row: form for row, form in written.items() if "error" not in sheet.info[row]}
 
 
 def to_wire(sample: Sample) -> dict[str, Any]:
@@ -189,9 +208,16 @@ def _meta(sample: Sample) -> dict[str, Any]:
     meta = dict(sample.meta)
     for key in folder.PICTURES:
         value = meta.get(key)
-        if isinstance(value, Tensor) or (isinstance(value, str | Path) and Path(value).expanduser().is_file()):
+        if isinstance(value, Tensor) or (isinstance(value, str | Path) and _is_file(value)):
             meta[key] = _png(folder.reference(value, key))
     return meta
+
+
+def _is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).expanduser().is_file()
+    except (OSError, RuntimeError):  # too long for a name, not to be looked at, or ~ of nobody
+        return False
 
 
 def _is_picture(key: str, value: Any) -> bool:
@@ -270,8 +296,26 @@ def _read_scores(answer: Any, count: int) -> Scores:
     return Scores(
         value=_numbers(answer.get("value"), count, "value"),
         parts={name: _numbers(part, count, f"parts.{name}") for name, part in parts.items()},
-        info=info,
+        info=[_loggable(entry) for entry in info],
     )
+
+
+def _loggable(info: dict[str, Any]) -> dict[str, Any]:
+    """A sample's info as far as it can be trusted to a log, with `error` as one line of text."""
+    fits = _is_shallow(info, _DEEPEST) and len(json.dumps(info)) <= _LONGEST_INFO
+    kept = dict(info)
+    if not fits:
+        told = f"info nested more than {_DEEPEST} deep, or longer than {_LONGEST_INFO} characters"
+        kept = {"left_out": told} | ({"failed": True} if info.get("failed") else {})
+    if "error" in info:
+        error = info["error"]
+        kept["error"] = readable(error if isinstance(error, str) else json.dumps(error) if fits else "no text")
+    return kept
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_shallow(item, levels - 1) for item in inside)
 
 
 def _numbers(values: Any, count: int, what: str) -> Tensor:

@@ -23,9 +23,11 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from rewards._clip import Trunk
 from rewards.cache import ScoreCache
 from rewards.contract import Sheet, as_scores
 from rewards.gradient import Valve, reaching
+from rewards.http import one_call
 from rewards.media import frame
 from rewards.types import MediaKind, Reward, RewardContractError, RewardError, Sample, Scores, Traits, traits_of
 
@@ -49,12 +51,15 @@ class Scorer:
     device: torch.device
     dtype: torch.dtype = torch.float32
     batch_size: int | None = None
-    """Samples in one call; None = all."""
+    """Samples, or frames of videos where a reward for images judges them, in one call; None = all."""
     on_error: Literal["nan", "raise"] = "nan"
     frames: int = 4
     """How many frames of a video a reward for images sees."""
     offload: Literal["none", "cpu", "drop"] = "none"
-    """Where the weights are between calls: on the device, in main memory, or nowhere."""
+    """Where the weights are between calls: on the device, in main memory, or nowhere.
+
+    A network that another loaded reward shares, of this hub or of another, stays where it is.
+    """
     cache: ScoreCache | None = None
     _loaded: bool = False
     _away: bool = False
@@ -128,19 +133,21 @@ class Scorer:
     def run(self, samples: Sequence[Sample], broken: Mapping[int, str]) -> tuple[Scores, float]:
         """Scores of all samples, fp32 on the CPU and in their order, and the seconds that it took.
 
-        `broken` says which samples no reward can judge (`rewards.media.broken_media`).
+        `broken` says which samples no reward can judge (`rewards.media.broken_media`). A deadline that a reward has
+        counts from here, once it is loaded, however many calls the samples take.
         """
         start = time.perf_counter()
         self.load()
         sheet = Sheet(len(samples))
         units = self._scorable(samples, broken, sheet)
-        if self.cache is None:
-            self._score(units, samples, sheet)
-        else:
-            keys = {row: self.cache.key(samples[row]) for (row,) in units}
-            known = {row for row, key in keys.items() if self.cache.recall(key, row, sheet)}
-            self._score([[row] for row in keys if row not in known], samples, sheet)
-            self.cache.remember({row: key for row, key in keys.items() if row not in known}, sheet)
+        with one_call():
+            if self.cache is None:
+                self._score(units, samples, sheet)
+            else:
+                keys = {row: self.cache.key(samples[row]) for (row,) in units}
+                known = {row for row, key in keys.items() if self.cache.recall(key, row, sheet)}
+                self._score([[row] for row in keys if row not in known], samples, sheet)
+                self.cache.remember({row: key for row, key in keys.items() if row not in known}, sheet)
         self.put_away()
         return sheet.scores(), time.perf_counter() - start
 
@@ -185,9 +192,11 @@ class Scorer:
         while done < len(units):
             batch = self._next_batch(units[done:])
             rows = [row for unit in batch for row in unit]
-            outcome = self._attempt([samples[row] for row in rows])
+            chosen = [samples[row] for row in rows]
+            outcome = self._attempt(chosen)
             if isinstance(outcome, torch.OutOfMemoryError):
-                self._shrink(len(rows), outcome, splits=len(batch) > 1)
+                looks = self._looks_at_once(chosen)
+                self._shrink(len(rows) * looks, outcome, splits=len(batch) > 1 or looks > 1)
                 continue
             if isinstance(outcome, Scores):
                 sheet.put(rows, outcome)
@@ -232,10 +241,28 @@ class Scorer:
         return scores
 
     def _judge(self, placed: Sequence[Sample]) -> Scores:
-        if "video" in self.traits.media or all(sample.kind == "image" for sample in placed):
+        if not self._by_frames(placed):
             return self._call(placed)
-        looks = range(self.frames)
-        return _mean([self._call([frame(sample, look, self.frames) for sample in placed]) for look in looks])
+        step, scores = self._looks_at_once(placed), []
+        for start in range(0, self.frames, step):
+            scores += self._look(placed, range(start, min(start + step, self.frames)))
+        return _mean(scores)
+
+    def _by_frames(self, samples: Sequence[Sample]) -> bool:
+        return "video" not in self.traits.media and any(sample.kind == "video" for sample in samples)
+
+    def _looks_at_once(self, samples: Sequence[Sample]) -> int:
+        """How many frames of each video go into one call: as many as `batch_size` has room for, and at least one."""
+        if not self._by_frames(samples):
+            return 1
+        room = self.frames if self.batch_size is None else self.batch_size // len(samples)
+        return max(1, min(self.frames, room))
+
+    def _look(self, placed: Sequence[Sample], looks: range) -> list[Scores]:
+        """Scores [N] of some frames of each video, in one call; what is compared is frames of the same place."""
+        seen = [[frame(sample, look, self.frames) for sample in placed] for look in looks]
+        shown = together(seen) if self.traits.scope == "group" else [sample for look in seen for sample in look]
+        return cut(self._call(shown), [len(placed)] * len(looks))
 
     def _call(self, samples: Sequence[Sample]) -> Scores:
         return as_scores(self.reward.score(samples), len(samples), self.name)
@@ -338,13 +365,34 @@ def made_up_samples(kind: MediaKind, count: int = 2) -> list[Sample]:
     ]
 
 
-def modules_of(reward: object) -> list[torch.nn.Module]:
-    """The networks that a reward holds as attributes, itself or in helpers of this package."""
+def modules_of(reward: object) -> list[torch.nn.Module | Trunk]:
+    """The networks that a reward holds as attributes, itself or in helpers of this package; shared ones as trunks."""
     held = list(vars(reward).values()) if hasattr(reward, "__dict__") else []
+    networks = (torch.nn.Module, Trunk)
     helpers = [value for value in held if type(value).__module__.startswith("rewards.") and hasattr(value, "__dict__")]
-    found = [value for value in held if isinstance(value, torch.nn.Module)]
-    found += [value for helper in helpers if not isinstance(helper, torch.nn.Module) for value in modules_of(helper)]
+    found = [value for value in held if isinstance(value, networks)]
+    found += [value for helper in helpers if not isinstance(helper, networks) for value in modules_of(helper)]
     return list({id(module): module for module in found}.values())
+
+
+def together(batches: Sequence[Sequence[Sample]]) -> list[Sample]:
+    """Batches as one; groups of different batches stay apart, whatever number they have."""
+    groups: dict[tuple[int, int], int] = {}
+    return [
+        replace(sample, group=groups.setdefault((index, sample.group), len(groups)))
+        for index, samples in enumerate(batches)
+        for sample in samples
+    ]
+
+
+def cut(scores: Scores, sizes: Sequence[int]) -> list[Scores]:
+    """Scores of batches that were scored together; every sample has its dict of info."""
+    pieces, start = [], 0
+    for size in sizes:
+        rows = slice(start, start := start + size)
+        parts = {name: part[rows] for name, part in scores.parts.items()}
+        pieces.append(Scores(value=scores.value[rows], parts=parts, info=scores.info[rows]))
+    return pieces
 
 
 def _mean(looks: Sequence[Scores]) -> Scores:

@@ -32,7 +32,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -45,7 +45,7 @@ from rewards.folder import without_files
 from rewards.http import is_loopback, parse_json, read_token
 from rewards.media import broken_media, from_pil
 from rewards.remote import VERSION
-from rewards.scorer import Scorer
+from rewards.scorer import Scorer, cut, together
 from rewards.types import RewardError, Sample, Scores
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ _FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 _PICTURES = 16
 """A request may hold this many pictures of the largest size, in pixels: a small file can hold a large picture."""
 _HEAD_SECONDS = 10.0
+_CLOSE_SECONDS = 5.0
+"""How long what is under way may still take when the server stops; a reward that hangs is left behind."""
+_POLL_SECONDS = 0.02
 _PATH = re.compile(r"(?<![\w:/.])(?:~|[A-Za-z]:)?[/\\][\w.\-]+[/\\][^\s'\",;)]*")
 
 
@@ -121,7 +124,8 @@ class RewardServer:
         max_batch         samples that are scored together
         max_body_mb       of a request
         max_samples       of a request
-        max_pixels        of one picture or frame; a request may have 16 times that
+        max_pixels        of one picture or frame; a request may have 16 times that, and so may all under way together:
+                          one more waits until there is room
         request_timeout   seconds for a request, from its head to its scores
         max_waiting       requests under way; one more is told to come back (429)
         """
@@ -141,6 +145,7 @@ class RewardServer:
             if not re.fullmatch(r"[\w.\-]+", name, re.ASCII):
                 raise RewardError(f"reward {name!r} cannot be asked for by an address; give it a plain `name:`")
         self._batchers: dict[str, _Batcher] = {}
+        self._room = _Room(_PICTURES * max_pixels)
         self._waiting = 0
         self._uvicorn: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
@@ -170,15 +175,19 @@ class RewardServer:
         self._uvicorn.run([listener])
 
     def close(self) -> None:
-        """Answer what is under way, stop, and let the weights go."""
+        """Answer what is under way, unless that takes too long, stop, and let the weights go."""
         if self._uvicorn is not None:
             self._uvicorn.should_exit = True
         if self._thread is not None:
             self._thread.join()
         for batcher in self._batchers.values():
-            batcher.close()
-        for scorer in self._scorers.values():
-            scorer.unload()
+            batcher.stop()
+        end = time.monotonic() + _CLOSE_SECONDS
+        for name, scorer in self._scorers.items():
+            if name in self._batchers and not self._batchers[name].ended(end):
+                _LOG.warning("reward %r still scores; it is left behind with its weights", name)
+            else:
+                scorer.unload()
 
     def __enter__(self) -> Self:
         """Start it."""
@@ -222,7 +231,7 @@ class RewardServer:
             proxy_headers=False,
             server_header=False,
             timeout_keep_alive=75,
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=math.ceil(_CLOSE_SECONDS),
         )
         self._uvicorn = uvicorn.Server(config)
         return listener
@@ -277,20 +286,28 @@ class RewardServer:
                 body = await self._body(request)
         except TimeoutError:
             raise _refusal(408, f"the request did not come within {limit}") from None
-        future: Future[Scores] | None = None
         try:
             async with asyncio.timeout_at(end):
                 asked = await asyncio.to_thread(_read_request, body, self._scorers.keys(), self._limits)
-                future = self._batchers[asked.reward].submit([asked.samples[row] for row in asked.readable])
-                scores = await asyncio.wrap_future(future)
+                future = await self._submitted(asked)
+                scores = await asyncio.wrap_future(future)  # giving up here cancels the future
         except _BadRequestError as error:
             raise _refusal(error.status, str(error)) from None
         except TimeoutError:
             raise _refusal(504, f"the samples were not scored within {limit}") from None
-        finally:
-            if future is not None:
-                future.cancel()
         return _json(_answer(asked, scores))
+
+    async def _submitted(self, asked: _Asked) -> Future[Scores]:
+        """Scores of a request, later; its room is given back with them, or as soon as nobody waits for them."""
+        await self._room.take(asked.pixels)
+        try:
+            samples = await asyncio.to_thread(asked.decode)
+            future = self._batchers[asked.reward].submit(samples)
+        except BaseException:
+            self._room.give(asked.pixels)
+            raise
+        future.add_done_callback(lambda _: self._room.give(asked.pixels))
+        return future
 
     async def _body(self, request: Request) -> bytes:
         """The body, if it is no larger than allowed."""
@@ -391,18 +408,32 @@ class _Asked:
     """A request as it was understood."""
 
     reward: str
-    samples: dict[int, Sample] = field(default_factory=dict)
-    """{row: sample} of those whose pictures can be read."""
+    pixels: int = 0
+    """Of all its pictures together."""
+    opened: dict[int, tuple[Image.Image | list[Image.Image], dict[str, Any]]] = field(default_factory=dict)
+    """{row: picture or frames, the sample's other fields}, until they are decoded"""
+    readable: list[int] = field(default_factory=list)
+    """Rows that were decoded."""
     unreadable: dict[int, str] = field(default_factory=dict)
     """{row: why not}"""
 
-    @property
-    def readable(self) -> list[int]:
-        return list(self.samples)
+    def decode(self) -> list[Sample]:
+        """The samples whose pictures can be read. They are not kept here, which outlives the scoring of them."""
+        samples = []
+        for row, (media, fields) in self.opened.items():
+            try:
+                meta = {key: _decoded(v) if isinstance(v, Image.Image) else v for key, v in fields["meta"].items()}
+                shown = _video(media) if isinstance(media, list) else _decoded(media)
+                samples.append(Sample(media=shown, **fields | {"meta": meta}))
+                self.readable.append(row)
+            except _UnreadableError as error:
+                self.unreadable[row] = str(error)
+        self.opened.clear()
+        return samples
 
 
 def _read_request(body: bytes, rewards: Any, limits: _Limits) -> _Asked:
-    """Samples of a request, with their pictures decoded."""
+    """A request with its pictures opened, which tells their sizes, but not decoded."""
     try:
         told = parse_json(body)
     except ValueError as error:
@@ -415,15 +446,16 @@ def _read_request(body: bytes, rewards: Any, limits: _Limits) -> _Asked:
         raise _BadRequestError("`samples` is no list")
     if len(rows) > limits.max_samples:
         raise _BadRequestError(f"{len(rows)} samples; at most {limits.max_samples} at once", 413)
-    reader = _Pictures(limits.max_pixels, _PICTURES * limits.max_pixels)
+    pictures = _Pictures(limits.max_pixels, _PICTURES * limits.max_pixels)
     asked = _Asked(reward=reward)
     for row, given in enumerate(rows):
         fields, media = _fields(given, f"sample {row}")
         try:
-            fields["meta"] = reader.pictures(fields["meta"])
-            asked.samples[row] = Sample(media=reader.media(media), **fields)
+            fields["meta"] = pictures.meta(fields["meta"])
+            asked.opened[row] = pictures.media(media), fields
         except _UnreadableError as error:
             asked.unreadable[row] = str(error)
+    asked.pixels = pictures.pixels
     return asked
 
 
@@ -451,28 +483,26 @@ class _UnreadableError(Exception):
 
 
 class _Pictures:
-    """Decodes the pictures of one request, within a number of pixels."""
+    """Opens the pictures of one request, within a number of pixels; none is decoded."""
 
     def __init__(self, most_each: int, most: int) -> None:
-        self._most_each, self._most, self._left = most_each, most, most
+        self._most_each, self._most = most_each, most
+        self.pixels = 0
 
-    def media(self, media: Mapping[str, Any]) -> Tensor:
-        """[3, H, W], or [F, 3, H, W] of frames."""
+    def media(self, media: Mapping[str, Any]) -> Image.Image | list[Image.Image]:
+        """A picture, or the frames of a video."""
         if "frames" not in media:
             return self._picture(media)
         frames = media["frames"]
         if not isinstance(frames, list) or not frames:
             raise _UnreadableError("`media.frames` is no list of pictures")
-        pictures = [self._picture(frame) for frame in frames]
-        if len({picture.shape for picture in pictures}) > 1:
-            raise _UnreadableError("the frames are not all of the same size")
-        return torch.stack(pictures)
+        return [self._picture(frame) for frame in frames]
 
-    def pictures(self, meta: Mapping[str, Any]) -> dict[str, Any]:
-        """Metadata with the pictures in it decoded."""
+    def meta(self, meta: Mapping[str, Any]) -> dict[str, Any]:
+        """Metadata with the pictures in it opened."""
         return {key: self._picture(value) if _is_picture(value) else value for key, value in meta.items()}
 
-    def _picture(self, given: Any) -> Tensor:
+    def _picture(self, given: Any) -> Image.Image:
         kind = _FORMATS.get(str(given.get("mime"))) if isinstance(given, dict) else None
         if kind is None or not isinstance(given.get("b64"), str):
             raise _UnreadableError(f"a picture is {{mime, b64}}, with a mime of {', '.join(_FORMATS)}")
@@ -481,21 +511,59 @@ class _Pictures:
         except (binascii.Error, ValueError) as error:
             raise _UnreadableError(f"the picture is not valid base64: {error}") from error
         try:
-            with Image.open(io.BytesIO(data), formats=[kind]) as image:
-                self._admit(*image.size)
-                return from_pil(image)
-        except (_UnreadableError, _BadRequestError):
-            raise
+            image = Image.open(io.BytesIO(data), formats=[kind])
         except Exception as error:  # a decoder may raise anything on data made to upset it
             raise _UnreadableError(f"the picture cannot be read as {kind}: {type(error).__name__}") from error
+        self._admit(*image.size)
+        return image
 
     def _admit(self, width: int, height: int) -> None:
         """Before a pixel is decoded: refuse what would fill the memory."""
         if width * height > self._most_each:
             raise _UnreadableError(f"the picture is {width}x{height}; at most {self._most_each} pixels are taken")
-        self._left -= width * height
-        if self._left < 0:
+        self.pixels += width * height
+        if self.pixels > self._most:
             raise _BadRequestError(f"the pictures have more than {self._most} pixels together; send fewer", 413)
+
+
+def _decoded(image: Image.Image) -> Tensor:
+    """[3, H, W]"""
+    try:
+        with image:
+            return from_pil(image)
+    except Exception as error:
+        raise _UnreadableError(f"the picture cannot be read as {image.format}: {type(error).__name__}") from error
+
+
+def _video(frames: Sequence[Image.Image]) -> Tensor:
+    """[F, 3, H, W]"""
+    decoded = [_decoded(frame) for frame in frames]
+    if len({frame.shape for frame in decoded}) > 1:
+        raise _UnreadableError("the frames are not all of the same size")
+    return torch.stack(decoded)
+
+
+class _Room:
+    """Pixels that all requests under way may hold together; taken in the server's thread, given back in any."""
+
+    def __init__(self, pixels: int) -> None:
+        self._left, self._lock = pixels, threading.Lock()
+
+    async def take(self, pixels: int) -> None:
+        """Wait until there is room."""
+        while not self._took(pixels):
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def give(self, pixels: int) -> None:
+        """There is room again."""
+        with self._lock:
+            self._left += pixels
+
+    def _took(self, pixels: int) -> bool:
+        with self._lock:
+            fits = self._left >= pixels
+            self._left -= pixels if fits else 0
+            return fits
 
 
 def _is_picture(value: Any) -> bool:
@@ -516,7 +584,7 @@ def _about(scorer: Scorer) -> dict[str, Any]:
 
 def _answer(asked: _Asked, scores: Scores) -> dict[str, Any]:
     """Scores as JSON, every sample in its place."""
-    count = len(asked.samples) + len(asked.unreadable)
+    count = len(asked.readable) + len(asked.unreadable)
     sheet = Sheet(count)
     sheet.put(asked.readable, scores)
     for row, error in asked.unreadable.items():
@@ -572,26 +640,33 @@ class _Batcher:
         self._thread.start()
 
     def submit(self, samples: list[Sample]) -> Future[Scores]:
-        """Scores of the samples, later."""
+        """Scores of the samples, later; the list is emptied once they are there, or nobody waits for them."""
         job = _Job(samples, Future(), time.monotonic())
+        job.future.add_done_callback(lambda _: samples.clear())  # a job that was given up stays queued for a while
         self._jobs.put(job)
         return job.future
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Score what has been submitted, then stop."""
         self._jobs.put(None)
-        self._thread.join()
+
+    def ended(self, end: float) -> bool:
+        """Whether it has stopped, by the time `end` at the latest."""
+        self._thread.join(max(0.0, end - time.monotonic()))
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         while batch := self._next():
             with self._turn:
-                jobs = [job for job in batch if job.future.set_running_or_notify_cancel()]
-                try:
-                    for job, scores in zip(jobs, self._scored(jobs), strict=True):
-                        job.future.set_result(scores)
-                except Exception as error:
-                    for job in jobs:
-                        job.future.set_exception(error)
+                self._settle([job for job in batch if job.future.set_running_or_notify_cancel()])
+
+    def _settle(self, jobs: Sequence[_Job]) -> None:
+        try:
+            for job, scores in zip(jobs, self._scored(jobs), strict=True):
+                job.future.set_result(scores)
+        except Exception as error:
+            for job in jobs:
+                job.future.set_exception(error)
 
     def _next(self) -> list[_Job]:
         """The jobs to score together; [] at the end."""
@@ -618,19 +693,8 @@ class _Batcher:
 
     def _scored(self, jobs: Sequence[_Job]) -> list[Scores]:
         """Scores of each job. Groups of different jobs are not to be mixed, whatever number they have."""
-        groups: dict[tuple[int, int], int] = {}
-        samples = [
-            replace(sample, group=groups.setdefault((index, sample.group), len(groups)))
-            for index, job in enumerate(jobs)
-            for sample in job.samples
-        ]
-        whole = self._score(samples)
-        scores, start = [], 0
-        for job in jobs:
-            rows = slice(start, start := start + len(job.samples))
-            parts = {name: part[rows] for name, part in whole.parts.items()}
-            scores.append(Scores(value=whole.value[rows], parts=parts, info=whole.info[rows]))
-        return scores
+        whole = self._score(together([job.samples for job in jobs]))
+        return cut(whole, [len(job.samples) for job in jobs])
 
     def _score(self, samples: list[Sample]) -> Scores:
         """Scores of samples; where the reward raises, those it raises for have none, and a reason."""

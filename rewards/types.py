@@ -192,4 +192,4 @@ def is_declared(function: object) -> bool:
 
 def no_verdict(count: int) -> Tensor:
     """`count` scores that say nothing: fp32 NaN."""
-    return torch.full((count,), float("nan"))
+    return torch.full((count,), float("nan"), dtype=torch.float32)

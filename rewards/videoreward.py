@@ -112,7 +112,8 @@ class VideoReward:
     ) -> None:
         """Where things are; nothing is read yet, but for the template.
 
-        model       folder or hub id with model_config.json and checkpoint-*/model.pth (of several, the last step)
+        model       folder or hub id with model_config.json and checkpoint-*/model.pth (of several, the last step), or
+                    the path of such a model.pth
         revision    branch, tag or commit of a hub id in `model`
         base        folder or hub id of the Qwen2-VL, of which config, tokenizer and chat template are used
         template    a text file with {prompt} and the three tokens in it: your copy of upstream's question

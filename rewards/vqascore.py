@@ -10,8 +10,9 @@ P(Yes) = exp(-cross-entropy) of the answer's first token. Where a model prefers 
 P(No) are small, and their ratio P(Yes) / (P(Yes) + P(No)) still says which way it leans; it is logged beside it.
 
 Note: the question is in our words. For published numbers give the paper's in `template`.
-Note: the paper's code also takes the token that ends the answer into the cross-entropy; here only "Yes" counts, with a
-space before it or without.
+Note: only "Yes" counts, with a space before it or without. The paper's code seems to take the token that ends the
+answer into the cross-entropy as well, which would make its numbers smaller; this has not been checked.
+Note: InstructBLIP's Q-Former reads as much of a question as it has places for (512 tokens); what answers reads all.
 """
 
 from __future__ import annotations

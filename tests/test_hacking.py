@@ -37,6 +37,14 @@ def test_a_fall_within_two_standard_errors_is_none():
     assert len(alarms(before, {TOTAL: rise, "judge": torch.tensor([-1.0, -2.9])}, 0, ["judge"])) == 1
 
 
+def test_a_rise_within_two_standard_errors_is_none():
+    """Differences 1 and 3 have mean 2 and a standard error of 1, so the rise is exactly two."""
+    before = {TOTAL: torch.zeros(2), "judge": torch.zeros(2)}
+    fall = torch.tensor([-1.0, -1.1])
+    assert alarms(before, {TOTAL: torch.tensor([1.0, 3.0]), "judge": fall}, 0, ["judge"]) == []
+    assert len(alarms(before, {TOTAL: torch.tensor([1.0, 2.9]), "judge": fall}, 0, ["judge"])) == 1
+
+
 def test_without_verdicts_there_is_no_alarm():
     nothing = torch.full((4,), math.nan)
     before, after = {TOTAL: torch.zeros(4), "judge": torch.zeros(4)}, {TOTAL: noisy(1, 0, count=4), "judge": nothing}

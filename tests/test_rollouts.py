@@ -2,10 +2,14 @@
 
 import json
 
+import torch
 from PIL import Image
 
-from flowrl.rollouts import CELL, TEXT, forget_after
+from flowrl.rollouts import CELL, TEXT, forget_after, write_rollout
 from flowrl.train import Trainer
+from flowrl.types import Batch, Prompt
+from rewards import HubResult
+from samplers import all_steps, flow_sde, noise_source, rollout
 from tests import runs
 
 REWARDS = """
@@ -62,6 +66,30 @@ def test_whatever_a_reward_says_is_kept_within_limits(tiny_model, tmp_path):
     said = first["info"]["chatty"]
     assert len(said["long"]) == TEXT and said["nan"] is None and "tensor" in said["odd"]
     assert len(json.dumps(said["deep"])) < 100
+
+
+def test_of_many_samples_the_first_twelve_groups_and_sixteen_of_each_are_written(tmp_path):
+    groups, size = 13, 17
+    slot = torch.arange(groups).repeat_interleave(size)
+    root, member = torch.arange(len(slot)), torch.arange(size).repeat(groups)
+    noise = noise_source((2,), seed=0, iteration=0, prompt=slot, member=member)
+    trajectory = rollout(
+        lambda x, t, i: 0.5 * x, noise(root, torch.zeros_like(root), -1), all_steps(torch.linspace(1, 0, 3)), flow_sde,
+        eta=0.7, prompt=slot, group=slot, noise=noise,
+    )  # fmt: skip
+    batch = Batch(
+        prompts=[Prompt(id=i, text=f"prompt {i}") for i in range(groups)], cond={}, trajectory=trajectory,
+        leaf_prompt=trajectory.leaf_prompt, media=torch.rand(len(slot), 1, 3, 8, 8),
+    )  # fmt: skip
+    said = HubResult(
+        total=root.float(), scores={"a": root.float()}, parts={}, info=[{} for _ in root], seconds={"a": 0.0}
+    )  # fmt: skip
+    write_rollout(tmp_path, 3, batch, said)
+    lines = [json.loads(line) for line in (tmp_path / "000003.jsonl").read_text().splitlines()]
+    assert [line["total"] for line in lines] == [i * size + j for i in range(12) for j in range(16)]
+    assert [line["cell"] for line in lines] == [[i, j] for i in range(12) for j in range(16)]
+    with Image.open(tmp_path / "000003.jpg") as sheet:
+        assert sheet.size == (16 * (CELL + 4) + 4, 12 * (CELL + 4) + 4)
 
 
 def test_zero_means_never(tiny_model, tmp_path):

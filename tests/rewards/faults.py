@@ -247,6 +247,19 @@ def huge(megabytes: int = 256, declared: bool = True) -> Fault:
     return fault
 
 
+def endless_chunk(sent: list[int], code: int = 200, megabytes: int = 64) -> Fault:
+    """A chunk of -1 bytes, and what follows; `sent` collects how many bytes of it went out."""
+
+    def fault(exchange: Exchange) -> None:
+        exchange.open = False
+        exchange.send(head(None, code, {"Transfer-Encoding": "chunked"}) + b"-1\r\n")
+        for _ in range(megabytes):
+            exchange.send(b" " * (1 << 20))
+            sent.append(1 << 20)
+
+    return fault
+
+
 def redirect(location: str, code: int = 307) -> Fault:
     """Sends the client elsewhere."""
     return status(code, {"Location": location})

@@ -116,6 +116,8 @@ def test_no_score_is_made_up(text):
 def test_the_reason_says_what_was_expected_and_what_is_there():
     unreadable(POINT, "hello", "expected a line 'Final Score: <number>', once: it is not there")
     unreadable(POINT, "Final Score: 3\nFinal Score: 4", "it says 3 and 4")
+    many = "\n".join(f"Final Score: {number}" for number in range(3000))
+    unreadable(POINT, many, "it says 0 and 1 and 2 and more$")
     unreadable(POINT, "Final Score: 9", "says 9, which is not between 1 and 5")
 
 
@@ -217,7 +219,8 @@ def flex(winner="Image 1", *categories):
         (flex("Video 1", "Video 2", "Video 1"), 1, 0.5),
     ],
 )
-@pytest.mark.parametrize("form", ["{}", "```json\n{}\n```", "Here it is:\n{}\nDone.", "```\n{}```", "```json\n{}"])
+@pytest.mark.parametrize("form", ["{}", "```json\n{}\n```", "Here it is:\n{}\nDone.", "```\n{}```", "```json\n{}",
+                                  "```json \r\n\r\n{}\r\n```\r\n", "It {is} here: ```\t\n\n{}```"])  # fmt: skip
 def test_winners_are_blended(answer, winner, share, form):
     verdict = FLEX(Reply(form.replace("{}", json.dumps(answer, indent=1))))
     assert verdict.parts == pytest.approx({"winner": winner, "categories": share})
@@ -276,7 +279,8 @@ def test_an_edit_is_as_good_as_its_worse_half(text, pair):
 @pytest.mark.parametrize(
     "score",
     ["[20]", "[20, 20, 20]", "20", '["20", "20"]', "[true, 1]", "[null, 1]", "[26, 1]", "[-1, 1]", "[NaN, 1]",
-     "[Infinity, 1]", "[1e999, 1]", "[[1, 2], [1, 2]]", "[...]", "{}"],
+     "[Infinity, 1]", "[1e999, 1]", f"[{'9' * 400}, 1]", f"[-{'9' * 400}, 1]", f"[{'9' * 5000}, 1]",
+     "[[1, 2], [1, 2]]", "[...]", "{}"],
 )  # fmt: skip
 def test_no_numbers_are_made_up(score):
     unreadable(EDIT, '{"score": ' + score + "}")
@@ -349,6 +353,8 @@ HOSTILE = {
     "brackets": "[" * 100_000,
     "open and close": "{}" * 50_000,
     "fences": "```json\n" * 12_000,
+    "a fence and lines": "```" + "\n" * 100_000,
+    "a fence, spaces and lines": "```json" + " \r\n" * 30_000 + "{",
     "commas": "{" + ", " * 50_000 + "}",
     "digits": "Final Score: " + "1" * 100_000,
     "tags": "<answer>" * 12_000,
@@ -382,10 +388,12 @@ def test_without_tags_and_thinking_it_is_the_text():
         (lambda: Levels(levels={"Yes": 1, "No": 1}), "levels is"),
         (lambda: Levels(levels={"Yes": 1, "yes ": 0}), "levels is"),
         (lambda: Levels(levels={"Yes": 1, "No": "0"}), "levels is"),
+        (lambda: Levels(levels={"a": 10**400, "b": 0}), "levels is"),
         (lambda: Levels(levels={"a": 1, "b": 0}, after="x"), "after is"),
         (lambda: ScoreLines(labels={}, scale=(1, 5)), "labels is"),
         (lambda: ScoreLines(labels={"a": "A"}, scale=(5, 1)), "scale is"),
         (lambda: ScoreLines(labels={"a": "A"}, scale=(1, 2, 3)), "scale is"),
+        (lambda: ScoreLines(labels={"a": "A"}, scale=(0, 10**400)), "scale is"),
         (lambda: Choice(first=["x"], second=["X"]), "no phrase twice"),
         (lambda: Choice(first="x", second=["y"]), "first is 'x'; expected a list"),
         (lambda: Choice(first=[], second=["y"]), "first is"),

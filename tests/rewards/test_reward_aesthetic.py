@@ -8,7 +8,7 @@ from rewards import RewardError, Sample, build
 from rewards.aesthetic import collapse
 from rewards.files import read_tensors
 from rewards.media import from_pil
-from tests.rewards.clips import SIDE, build_clip, photo
+from tests.rewards.clips import SIDE, build_clip, build_siglip, photo
 
 SIZES = [(SIDE, SIDE), (96, 64), (40, 100)]
 
@@ -116,3 +116,8 @@ def test_a_missing_head_is_named_with_the_command(options, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(RewardError, match="hf download no-such-owner/no-such-head aesthetic-model.pth"):
         loaded(options, head="no-such-owner/no-such-head")
+
+
+def test_a_siglip_is_refused(options, tmp_path):
+    with pytest.raises(RewardError, match="'aesthetic': .* is a SiglipModel; expected a CLIP"):
+        loaded(options, model=build_siglip(tmp_path))

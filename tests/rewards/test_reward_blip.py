@@ -79,6 +79,13 @@ def test_it_is_what_transformers_says(reward, head, folder):
     assert len({round(score, 3) for score in scores}) == len(samples)
 
 
+def test_both_heads_hold_one_network(folder):
+    match, contrast = (loaded(name, folder) for name in HEADS)
+    assert match._trunk.model is contrast._trunk.model
+    match.unload()
+    assert contrast.score(samples_of()).isfinite().all()
+
+
 def test_other_shapes_are_squashed_as_pil_does_it(reward, head, folder):
     from PIL import Image
 
@@ -119,6 +126,24 @@ def test_its_gradient_is_that_of_finite_differences(head, folder):
     expected = (score(media + 1e-5 * away) - score(media - 1e-5 * away)) / 2e-5
     assert (slope * away).sum().item() == pytest.approx(expected.item(), rel=1e-4)
     assert abs(expected) > 1e-5
+
+
+def test_a_half_precision_network_has_scores_in_full(reward, head, folder):
+    """Not multiples of 1/256: what the heads give is brought to fp32 before the last step."""
+    half, samples = loaded(head, folder, torch.bfloat16), [noise(i, SIDE, prompt=p) for i, p in enumerate(PROMPTS)]
+    scores = half.score(samples)
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
+    assert scores.tolist() == pytest.approx(reward.score(samples).tolist(), abs=0.05)
+
+
+def test_a_config_alone_is_no_checkpoint(tmp_path):
+    """What `flowrl reward list` goes by."""
+    weights = build("blip.itm", {}).card.weights[0].at(str(tmp_path))
+    for name in weights.names:
+        assert not weights.is_here()
+        (tmp_path / name).write_text("{}")
+    assert weights.is_here() and {"config.json", "model.safetensors"} <= set(weights.names)
 
 
 def test_what_it_declares(head):

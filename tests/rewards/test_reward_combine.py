@@ -68,6 +68,12 @@ def test_renormalise_lets_the_others_stand_in():
     same(got, [4, 4, 8, NAN, 8])
 
 
+def test_renormalise_counts_a_negative_weight_by_its_size():
+    """Weights 1 and -3 have the size 4: alone a counts 4 / 1, and b 4 / 3; together they are what they were."""
+    got = total({"a": [1.0, 1, NAN, NAN, 2], "b": [1.0, NAN, 2, NAN, 2]}, a={}, b={"weight": -3.0}, renormalise=True)
+    same(got, [-2, 4, -8, NAN, -4])
+
+
 def test_a_gate_lowers_the_total_and_never_raises_it():
     scores = {"a": [1.0, 2, -3, 4, 5], "ok": [0.2, 0.3, 0.2, NAN, 0.9]}
     same(total(scores, a={}, ok={"weight": 0, "gate": {"min": 0.3}}), [0, 2, -3, NAN, 5])

@@ -74,6 +74,18 @@ def test_numbers_in_any_usual_form_become_fp32(returned):
     assert scores.info == [{}, {}]
 
 
+def test_scores_are_fp32_whatever_the_default_dtype_is():
+    """A library that loads a model in another thread may have changed it for a moment."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        value = as_scores([18.123456, None], 2, "mine").value
+        sheet = Sheet(2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert value[0].item() == pytest.approx(18.123456, abs=1e-6)
+    assert value.dtype == sheet.value.dtype == torch.float32
+
+
 def test_integers_are_numbers():
     assert as_scores(torch.tensor([1, 0]), 2, "mine").value.tolist() == [1.0, 0.0]
 

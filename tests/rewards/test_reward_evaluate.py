@@ -133,6 +133,14 @@ def test_ocr_reads_signs_and_nothing_else(world):
     assert result.slices["category=text"].value == 1 and result.pairs == 6 and result.nan_frac == 0.5
 
 
+def test_pairs_of_one_prompt_are_no_further_evidence(levels):
+    """Four times the same pairs of each prompt: an interval by prompt stays what it was, one by pair would halve."""
+    once, often = one(red, levels), one(red, replace(levels, pairs=levels.pairs * 4))
+    assert often.accuracy.count == 4 * once.accuracy.count
+    assert (often.accuracy.low, often.accuracy.high) == pytest.approx((once.accuracy.low, once.accuracy.high))
+    assert once.accuracy.high - once.accuracy.low > 0.1
+
+
 def test_a_seed_repeats_everything_but_the_time(levels):
     def figures(seed):
         row = evaluate([red], levels, device="cpu", seed=seed).table()[0]

@@ -339,7 +339,56 @@ def test_an_image_reward_sees_frames_of_a_video_and_answers_their_mean():
     assert result.total.tolist() == pytest.approx(expected)
     assert result.parts["reward"]["twice"].tolist() == pytest.approx([2 * value for value in expected])
     assert len(result.info[0]["reward"]["frames"]) == 2
-    assert shapes == [[(3, 32, 32)] * 2] * 2
+    assert shapes == [[(3, 32, 32)] * 4]
+
+
+@pytest.mark.parametrize(("batch_size", "calls"), [(None, [12]), (3, [3, 3, 3, 3]), (2, [2] * 4 + [2, 2]), (7, [6, 6])])
+def test_frames_are_scored_together_as_far_as_batch_size_allows(batch_size, calls):
+    sizes = []
+
+    def reward(samples):
+        sizes.append(len(samples))
+        return mean(samples)
+
+    videos = [noise(seed, frames=8) for seed in range(3)]
+    result = RewardHub({"use": reward, "batch_size": batch_size})(videos)
+    assert result.total.tolist() == pytest.approx([v.media[[1, 3, 5, 7]].mean().item() for v in videos])
+    assert sizes == calls
+
+
+def test_a_group_reward_compares_frames_of_the_same_place_only():
+    class Rank:
+        scope = "group"
+
+        def score(self, samples):
+            means = mean(samples)
+            rivals = [[m for m, s in zip(means, samples, strict=True) if s.group == own.group] for own in samples]
+            assert {len(group) for group in rivals} == {2}
+            return [float(own == max(group)) for own, group in zip(means, rivals, strict=True)]
+
+    videos = [noise(seed, frames=8, group=seed // 2) for seed in range(4)]
+    result = RewardHub({"use": Rank(), "name": "rank"})(videos)
+    looks = torch.stack([v.media[[1, 3, 5, 7]].mean((1, 2, 3)) for v in videos]).reshape(2, 2, 4)
+    won = (looks == looks.amax(1, keepdim=True)).float().mean(-1)
+    assert torch.equal(result.total, won.flatten())
+
+
+@pytest.mark.filterwarnings("ignore:.*ran out of memory")
+@pytest.mark.parametrize(
+    ("count", "fits", "sizes"), [(2, 2, [8, 4, 2, 2, 2, 2]), (2, 1, [8, 4, 2] + [1] * 8), (1, 1, [4, 2] + [1] * 4)]
+)
+def test_out_of_memory_halves_the_frames_too(count, fits, sizes):
+    seen = []
+
+    def big(samples):
+        seen.append(len(samples))
+        if len(samples) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return mean(samples)
+
+    videos = [noise(seed, frames=4) for seed in range(count)]
+    assert RewardHub(big)(videos).total.tolist() == pytest.approx(mean(videos))
+    assert seen == sizes
 
 
 def test_a_frame_without_a_verdict_leaves_the_video_without_one():

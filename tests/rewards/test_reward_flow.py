@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from rewards import RewardError, RewardHub, Sample, traits_of
 from rewards.flow import Magnitude, OpticalFlow, Spikes, magnitudes
+from rewards.scorer import modules_of
 
 SIDE = 128
 
@@ -215,6 +216,14 @@ def test_raft_gives_the_flow_of_torchvisions_network(raft):
     with torch.no_grad():
         wanted = network(padded[:1], padded[1:])[-1][..., :132, :132]
         torch.testing.assert_close(flow(media[:1], media[1:]), wanted)
+
+
+def test_offload_finds_the_network(raft):
+    reward = loaded(Magnitude(estimator="raft", weights=str(raft[0])))
+    (network,) = modules_of(reward)
+    assert network.state_dict().keys() == raft[1].state_dict().keys()
+    reward.unload()
+    assert modules_of(reward) == []
 
 
 def test_with_raft_gradients_reach_the_pixels_and_with_opencv_they_are_not_promised(raft):

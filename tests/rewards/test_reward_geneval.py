@@ -379,6 +379,13 @@ def test_half_precision_is_for_clip_only_and_unload_lets_both_go(folders):
 # ------------------------------------------------------------------------------------------------ colours
 
 
+def test_colours_are_not_asked_of_a_siglip(folders, tmp_path):
+    from tests.rewards.clips import build_siglip
+
+    with pytest.raises(RewardError, match="'geneval': .* is a SiglipModel; expected a CLIP"):
+        GenEval(detector=folders("mask2former"), clip=build_siglip(tmp_path)).load(CPU, torch.float32)
+
+
 def test_colours_are_those_of_transformers_own_pipeline(folders):
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rewards import RewardError, RewardHub, Sample, declare
+from rewards import RewardError, RewardHub, Sample, Scores, declare
 from rewards.harmonic import Harmonic, harmonic
 
 ASKED = []
@@ -21,6 +21,13 @@ def cosine(samples):
 @declare(range=(0.0, 2.0), media=frozenset({"image", "video"}))
 def half(samples):
     return [math.nan if s.meta.get("mute") else 2 * s.meta["b"] for s in samples]
+
+
+@declare(range=(0.0, 1.0))
+def unreachable(samples):
+    """A server that does not answer for the second sample, and refuses to judge the third."""
+    info = [{"read": "it"}, {"error": "no answer", "failed": True}, {"error": "not of its kind"}]
+    return Scores(value=torch.tensor([0.5, math.nan, math.nan]), info=info)
 
 
 @declare()
@@ -73,6 +80,33 @@ def test_no_verdict_of_one_is_none_at_all():
     muted = Sample(media=other.media, meta={**other.meta, "mute": True})
     value = reward.score([one, muted]).value
     assert value[0].isfinite() and value[1].isnan()
+
+
+def test_what_the_two_say_is_kept():
+    reward = Harmonic(f"{HERE}:cosine", f"{HERE}:unreachable")
+    info = reward.score(samples(*[(0.5, 0.5)] * 3)).info
+    assert info[0] == {"alignment": {"read": "it"}}
+    assert info[1]["error"] == "alignment: no answer" and info[1]["failed"] is True
+    assert info[2] == {"alignment": {"error": "not of its kind"}, "error": "alignment: not of its kind"}
+    alone = Harmonic(alignment=f"{HERE}:unreachable", similarity_weight=0.0).score(samples(*[(0.5, 0.5)] * 3))
+    assert alone.info == info
+
+
+@pytest.mark.filterwarnings("ignore:.*No verdict there.*")
+def test_a_server_that_one_of_the_two_cannot_reach_stops_the_run_if_errors_do():
+    options = {"use": "harmonic", "similarity": f"{HERE}:cosine", "alignment": f"{HERE}:unreachable"}
+    with RewardHub({**options, "on_error": "raise"}) as hub, pytest.raises(RewardError, match="alignment: no answer"):
+        hub(samples(*[(0.5, 0.5)] * 3))
+    with RewardHub(options) as hub:
+        assert hub(samples(*[(0.5, 0.5)] * 3)).total.isnan().tolist() == [False, True, True]
+
+
+def test_a_score_beyond_its_declared_range_counts_as_its_end():
+    """A cosine of 1 + 1e-3 by rounding, and a reward that lies about its range."""
+    parts = of(0.5, [(1.001, 1.5), (-1.001, -0.5)]).parts["harmonic"]
+    assert parts["similarity"].tolist() == [1.0, 0.0]
+    assert parts["alignment"].tolist() == [1.0, 0.0]
+    assert of(0.5, [(-3.0, 0.5)]).total.item() == pytest.approx(0, abs=1e-6), "and not negative"
 
 
 def test_it_takes_on_what_its_two_declare():

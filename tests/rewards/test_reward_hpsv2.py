@@ -88,7 +88,7 @@ def test_version_chooses_the_file(options, folder):
 def test_the_file_itself_may_be_given(options, folder, reward):
     made = loaded(options, model=str(folder / "HPS_v2.1_compressed.pt"))
     assert torch.equal(made.score(samples()), reward.score(samples()))
-    assert made._encoder.trunk is reward._encoder.trunk
+    assert made._encoder.trunk.model is reward._encoder.trunk.model
 
 
 def test_a_file_of_another_network_is_refused(options, tmp_path):

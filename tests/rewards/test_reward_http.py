@@ -12,13 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rewards import RewardError
-from rewards.http import Endpoint, RemoteError, is_loopback, parse_json, read_token
+from rewards.http import Endpoint, RemoteError, began, is_loopback, one_call, parse_json, read_token, readable
 from tests.rewards.faults import (
     FaultServer,
     answer,
     closed_port,
     closes_early,
     drip,
+    endless_chunk,
     garbage,
     hang,
     huge,
@@ -486,3 +487,39 @@ def test_a_page_is_not_parsed_even_if_it_is_json():
 def test_a_huge_answer_is_refused_without_being_read():
     with FaultServer(huge(64)) as server, Endpoint(server.url, max_bytes=1000) as endpoint:
         assert timed(lambda: endpoint.post("/", {}))[1] < 0.5
+
+
+@pytest.mark.parametrize(("code", "most"), [(200, 1 << 18), (503, 48 << 20)])
+def test_a_chunk_that_claims_less_than_no_length_is_not_read_to_its_end(code, most):
+    """http.client reads all that comes where the size of a chunk is -1."""
+    sent = []
+    with FaultServer(endless_chunk(sent, code)) as server, Endpoint(server.url, max_bytes=most, retries=0) as end:
+        error, seconds = timed(lambda: end.post("/", {}))
+    assert seconds < 2
+    assert error.reason == (f"the answer has more than {most + (1 << 17)} bytes" if code == 200 else "HTTP 503 As Told")
+    assert sum(sent) < 32 << 20  # what fits into the buffers of both sides comes on top; 64 MB are offered
+
+
+def test_what_is_not_asked_for_lack_of_time_is_no_fault_of_the_server():
+    with FaultServer(reply({})) as server, Endpoint(server.url) as endpoint:
+        for _ in range(4):
+            assert "not asked: the deadline was over" in timed(lambda: endpoint.post("/", {}, deadline=-0.1))[0].reason
+        assert endpoint.post("/", {}) == {} and len(server.requests) == 1
+        assert endpoint._pool.servers[0].failures == 0
+
+
+def test_one_call_has_one_beginning():
+    before = began()
+    with one_call():
+        first = began()
+        time.sleep(0.02)
+        with one_call():
+            assert began() == first
+        assert began() == first
+    assert before <= first < first + 0.02 <= began()
+
+
+def test_text_from_elsewhere_is_made_fit_for_a_log():
+    assert readable("a\x1b[31m\r\nb\ud800 \u202e ⭐") == "a [31m  b    ⭐"
+    assert readable("x" * 400) == "x" * 400
+    assert readable("x" * 401) == "x" * 397 + "..."

@@ -221,6 +221,25 @@ def test_it_is_what_upstreams_names_say_in_plain_torch(reward, tensors):
         assert reward.score([sample]).item() == pytest.approx(expected, abs=1e-4)
 
 
+SMALL = {
+    "vision": ("blip.visual_encoder", ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")),
+    "text": ("blip.text_encoder.embeddings", ("word_embeddings.weight", "position_embeddings.weight")),
+}
+
+
+@pytest.mark.parametrize("tower", SMALL)
+def test_what_keeps_a_norm_from_dividing_by_zero_is_upstreams(tensors, tmp_path, tower):
+    """1e-6 and 1e-12 matter where what is normalised is that small; here it is."""
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    where, names = SMALL[tower]
+    small = {**tensors, **{f"{where}.{name}": 1e-3 * tensors[f"{where}.{name}"] for name in names}}
+    reward, (sample, *_) = loaded(write(tmp_path, small)), samples_of()
+    mean, std = (torch.tensor(value)[:, None, None] for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    expected = by_torch(small, (sample.media - mean) / std, bert_tokenizer()(sample.prompt)["input_ids"])
+    assert reward.score([sample]).item() == pytest.approx(expected, abs=1e-4)
+
+
 def test_every_weight_has_its_place_and_none_is_left(reward, tensors):
     new = renamed(tensors)
     own = reward._network.state_dict()
@@ -331,6 +350,27 @@ def test_a_missing_file_is_named(tensors, tmp_path, name):
     options = write(tmp_path, tensors)
     (tmp_path / name).unlink()
     with pytest.raises(RewardError, match=f"has no {name}.*hf download"):
+        loaded(options)
+
+
+def test_the_checkpoint_itself_can_be_given(tensors, tmp_path, reward):
+    """Under any name; the other file is looked for beside it."""
+    options, samples = write(tmp_path, tensors), samples_of()
+    for name in ("ImageReward.pt", "mine.pt"):
+        (tmp_path / "ImageReward.pt").replace(tmp_path / name)
+        given = loaded({**options, "model": str(tmp_path / name)})
+        assert torch.equal(given.score(samples), reward.score(samples))
+        (tmp_path / name).replace(tmp_path / "ImageReward.pt")
+    (tmp_path / "med_config.json").unlink()
+    with pytest.raises(RewardError, match=r"ImageReward.pt is a file, and around it there is no med_config.json"):
+        loaded({**options, "model": str(tmp_path / "ImageReward.pt")})
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x80", b"{", b"3"])
+def test_a_config_that_is_none_is_named(tensors, tmp_path, content):
+    options = write(tmp_path, tensors)
+    (tmp_path / "med_config.json").write_bytes(content)
+    with pytest.raises(RewardError, match="med_config.json is no med_config.json .*hf download THUDM/ImageReward"):
         loaded(options)
 
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from rewards import RewardContractError, RewardError, RewardHub, Sample, build, traits_of
+from rewards._chat import read_completion
 from rewards._template import modes, read_template
 from rewards.media import from_pil, to_pil
 from rewards.pairs import PairJudge
@@ -324,6 +325,45 @@ def test_without_probabilities_there_is_no_verdict(steps, reason):
     assert reason in scores.info[0]["error"]
 
 
+@pytest.mark.parametrize("logprob", [-(10**400), 10**400, -math.inf, math.nan])
+def test_a_number_that_is_none_is_an_error_of_its_answer(logprob):
+    with pytest.raises(RewardError, match="a log-probability is .*; expected a number of at most 0"):
+        read_completion(completion("Yes", steps=[("Yes", {"Yes": logprob})]), logprobs=True)
+
+
+def test_a_number_too_large_for_a_float_costs_its_sample_only():
+    def answer(body):
+        return completion('{"score": [20, ' + ("9" * 400 if "BAD" in shown(body)[0][-1] else "5") + "]}")
+
+    samples = [noise(i, 16, prompt="BAD" if i == 1 else "fine", meta={"source": noise(9).media}) for i in range(3)]
+    with chat_server(answer) as server:
+        entry = {"use": "unifiedreward", "mode": "edit", "url": server.url + "/v1", "model": "tiny"}
+        with RewardHub(entry) as hub:
+            result = hub(samples)
+        assert sum(request.method == "POST" for request in server.requests) == 3, "none is asked again"
+    assert result.total.isnan().tolist() == [False, True, False]
+    assert "expected a list of 2 numbers" in result.info[1]["unifiedreward"]["error"]
+
+
+def test_of_a_long_answer_both_ends_are_kept():
+    thought = "<think>" + "hm, " * 5000 + "</think>\nFinal Score: 4"
+    for text, value in ((thought, 0.75), ("x" * 3_000_000 + "the end", math.nan)):
+        with chat_server(lambda body, text=text: completion(text)) as server:
+            scores = remote(server, mode="text").score([noise(0, 16)])
+        assert scores.value.tolist() == pytest.approx([value], nan_ok=True)
+        said = scores.info[0]["answer"]
+        assert len(json.dumps(scores.info)) < 5000
+        assert said.startswith(text[:2000]) and said.endswith(text[-2000:])
+        assert f"[{len(text) - 4000} characters]" in said
+
+
+def test_probabilities_are_not_asked_for_again_because_the_answer_goes_on():
+    said = completion("Yes, it", "length", [("Yes", logs(Yes=0.6, No=0.2)), (",", logs(No=1.0))])
+    with chat_server(lambda body: said) as server:
+        assert remote(server).score([noise(0, 16)]).value.tolist() == pytest.approx([0.75])
+        assert [request.method for request in server.requests] == ["GET", "POST"]
+
+
 @pytest.mark.parametrize("enough", [64, 128, 129])
 def test_an_answer_that_is_cut_off_gets_twice_the_tokens_once(enough):
     def answer(body):
@@ -635,8 +675,29 @@ def test_options_are_checked_when_the_config_is_read(tmp_path):
         RewardHub({"use": "judge", "max_tokens": True})
 
 
+@pytest.mark.parametrize("use", ["judge", "unifiedreward", "deqa"])
+@pytest.mark.parametrize("token", ["s3cret-7", "ENV:s3cret-7", 37])
+def test_a_token_never_stands_in_a_config(use, token):
+    with pytest.raises(RewardError, match=f"{use}: a token must not stand in a config.*token: env:NAME") as caught:
+        build(use, {"url": "http://127.0.0.1:1/v1", "token": token})
+    assert "s3cret" not in str(caught.value) and "37" not in str(caught.value)
+
+
 def test_what_it_declares():
     here, there = traits_of(build("judge", {"model": "x"})), traits_of(build("judge", {"url": "http://127.0.0.1:1/v1"}))
     assert here.deterministic and not there.deterministic
     assert here.media == {"image", "video"} and here.range == (0, 1)
     assert json.dumps(here.card.note)
+
+
+def test_on_error_raise_stops_where_the_server_has_gone():
+    """Not where an answer cannot be read: that is the sample's affair."""
+    with FaultServer(*_alive_then(status(503))) as server:
+        entry = {"use": "judge", "url": f"{server.url}/v1", "model": "m", "retries": 0, "on_error": "raise"}
+        with RewardHub(entry) as hub, pytest.raises(RewardError, match="503"):
+            hub([noise(0), noise(1)])
+
+
+def _alive_then(fault):
+    """A list of models, then the fault for ever."""
+    return reply({"data": [{"id": "m"}]}), fault

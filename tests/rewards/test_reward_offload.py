@@ -1,9 +1,12 @@
 """Where weights are between calls, and the way back that a warm-up tries."""
 
+import threading
+
 import pytest
 import torch
 
 from rewards import RewardContractError, RewardError, RewardHub, declare
+from rewards._clip import Trunk, share
 from rewards.entries import read_entries
 from rewards.scorer import modules_of
 from tests.rewards.makers import batch, flat
@@ -65,6 +68,76 @@ def test_weights_wait_in_main_memory_and_come_back():
         hub(batch(2))
         assert layer.seen == ["cpu", "meta", "cpu"]
     assert reward.story == ["load", "score", "score", "unload"]
+
+
+class Sharer:
+    """A reward whose network others have too; it notes where the network is when it scores."""
+
+    def __init__(self):
+        self.trunk, self.found = None, []
+
+    def load(self, device, dtype):
+        def make():
+            model = Moved()
+            model.to(device)
+            return Trunk(model=model, device=device, dtype=dtype)
+
+        self.trunk = share("moved", make)
+
+    def unload(self):
+        self.trunk = None
+
+    def score(self, samples):
+        self.found.append(self.trunk.model.seen[-1])
+        return [0.5] * len(samples)
+
+
+@pytest.mark.parametrize("other", ["none", "cpu", "drop"])
+@pytest.mark.parametrize("hubs", [1, 2])
+def test_a_shared_network_is_on_its_device_whenever_one_of_its_rewards_scores(other, hubs):
+    rewards = [Sharer(), Sharer()]
+    entries = [
+        {"use": reward, "name": name, "offload": offload, "device": "meta"}
+        for reward, name, offload in zip(rewards, "ab", ("cpu", other), strict=True)
+    ]
+    made = [RewardHub(entries)] if hubs == 1 else [RewardHub(entry) for entry in entries]
+    try:
+        for _ in range(3):
+            for hub in made:
+                hub(batch(2))
+        assert [reward.found for reward in rewards] == [["meta"] * 3] * 2
+        (model,) = {reward.trunk.model for reward in rewards if reward.trunk}
+        assert model.seen[-1] == "meta"
+        if hubs == 2:
+            made[1].close()
+            made[0](batch(2))
+            assert model.seen[-1] == "cpu"  # the other reward has let go
+    finally:
+        for hub in made:
+            hub.close()
+
+
+def test_a_network_is_not_moved_while_a_reward_of_another_hub_computes_with_it():
+    """Two hubs are two threads: one puts its weights away while the other is in the middle of a score."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Sharer):
+        def score(self, samples):
+            begun.set()
+            assert go_on.wait(20)
+            return super().score(samples)
+
+    slow, quick = Slow(), Sharer()
+    options = {"offload": "cpu", "device": "meta"}
+    with RewardHub({"use": slow, **options}) as first, RewardHub({"use": quick, **options}) as second:
+        second(batch(2))
+        assert quick.trunk.model.seen[-1] == "cpu"
+        ticket = first.submit(batch(2))
+        assert begun.wait(20)
+        second(batch(2))
+        go_on.set()
+        first.result(ticket)
+    assert slow.found == ["meta"] and quick.found == ["meta", "meta"]
 
 
 def test_networks_are_found_in_a_reward_and_in_its_helpers():

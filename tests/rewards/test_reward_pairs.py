@@ -3,6 +3,7 @@
 import itertools
 import math
 import sys
+import time
 from types import ModuleType
 
 import pytest
@@ -12,6 +13,7 @@ from flowrl.shapes.scenes import draw, render
 from rewards import RewardContractError, RewardError, RewardHub, Sample, build, declare
 from rewards.pairs import PairJudge, Pairs
 from rewards.shapes import parse
+from tests.rewards.faults import FaultServer, answer, hang, reply
 from tests.rewards.makers import noise
 
 nan = math.nan
@@ -312,6 +314,53 @@ def test_a_judge_that_always_fails_is_an_error_of_the_reward(make):
     result = RewardHub({"use": "pairs", "judge": judge})(group([0.1, 0.2]))
     assert result.total.isnan().all()
     assert all("server is down" in entry["pairs"]["error"] for entry in result.info)
+
+
+TOLD = {"media": ["image"], "scope": "sample", "needs": [], "range": [0, 1], "deterministic": False}
+
+
+def served(then):
+    """A server of one reward, `there`; `then` is what becomes of questions."""
+
+    def fault(exchange):
+        info = {"version": 1, "rewards": {"there": TOLD}, "limits": {"max_samples": 256}}
+        (reply(info) if exchange.request.method == "GET" else then)(exchange)
+
+    return FaultServer(fault)
+
+
+def asking(server, on_error="nan", deadline=0.5, **more):
+    options = {"url": f"{server.url}/there", "deadline": deadline, "retries": 0, **more}
+    return RewardHub({"use": "pairs", "judge": "remote", "judge_options": options, "on_error": on_error})
+
+
+@pytest.mark.filterwarnings("ignore:.*No verdict there.*")
+def test_a_server_that_hangs_costs_one_deadline_however_many_groups_there_are():
+    samples = [sample for number in range(4) for sample in group([0.1, 0.2, 0.3], number)]
+    with served(hang()) as server, asking(server) as hub:
+        start = time.perf_counter()
+        result = hub(samples)
+        assert time.perf_counter() - start < 0.5 + 0.4
+        assert sum(request.method == "POST" for request in server.requests) == 1
+    assert result.total.isnan().all()
+    assert all(entry["pairs"]["failed"] is True for entry in result.info)
+    assert all("none of its 2 pairs has a verdict" in entry["pairs"]["error"] for entry in result.info)
+    with served(hang()) as server, asking(server, "raise") as hub, pytest.raises(RewardError, match="no score: "):
+        hub(samples)
+
+
+@pytest.mark.filterwarnings("ignore:.*No verdict there.*")
+def test_who_has_a_verdict_from_the_others_has_not_failed():
+    """Requests of two samples: the first is answered, the one of the third sample and the lonely fourth hangs."""
+    right = answer(lambda request: {"value": [0.25, 0.75]})
+    waits = iter([right, hang()])
+    samples = group([0.1, 0.2, 0.3]) + group([0.4], 1)
+    with served(lambda exchange: next(waits)(exchange)) as server:
+        with asking(server, request_size=2, max_concurrency=1) as hub:
+            result = hub(samples)
+    equal(result.total, [0.0, 1.0, nan, nan])
+    assert ["failed" in entry["pairs"] for entry in result.info] == [False, False, True, False]
+    assert "error" not in result.info[0]["pairs"] and len(result.info[0]["pairs"]["unjudged"]) == 1
 
 
 def test_a_judge_that_has_no_verdict_on_made_up_pictures_passes_the_warm_up():

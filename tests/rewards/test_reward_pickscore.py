@@ -6,7 +6,7 @@ import torch
 from rewards import RewardError, RewardHub, Sample, build
 from rewards.media import from_pil
 from rewards.pickscore import PickScore
-from tests.rewards.clips import SIDE, build_clip, photo
+from tests.rewards.clips import SIDE, build_clip, build_siglip, photo
 
 PROMPTS = ["a red circle", "two squares and 3 ⭐ more", "a red circle", ""]
 SIZES = [(SIDE, SIDE), (96, 64), (40, 200), (64, 64)]
@@ -157,7 +157,7 @@ def test_checkpointing_changes_nothing_but_the_memory(options, reward):
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(gradient, slope)
     assert kept < 0.5 * all_kept
-    assert made._encoder.trunk is not reward._encoder.trunk
+    assert made._encoder.trunk.model is not reward._encoder.trunk.model
 
 
 def test_bfloat16_scores_in_fp32_and_with_the_exact_scale(options, reward):
@@ -203,7 +203,7 @@ def test_weights_that_are_not_in_the_file_are_an_error_not_random(options, tmp_p
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["text_projection.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RewardError, match=r"lacks 1 weights of a CLIPModel \(text_projection.weight"):
+    with pytest.raises(RewardError, match=r"lacks 1 weights \(text_projection.weight"):
         PickScore(**{**options, "model": str(tmp_path)}).load("cpu", torch.float32)
 
 
@@ -212,6 +212,12 @@ def test_a_network_of_another_kind_is_refused(tmp_path):
 
     with pytest.raises(RewardError, match="Dinov2Model, which does not compare"):
         PickScore(model=build_dino(tmp_path)).load("cpu", torch.float32)
+
+
+def test_a_siglip_is_refused_and_told_where_it_belongs(tmp_path):
+    """CLIP's colours, crop and tokens would give it scores that mean nothing."""
+    with pytest.raises(RewardError, match="is a SiglipModel; expected a CLIP.*use `clipscore`"):
+        PickScore(model=build_siglip(tmp_path), tokenizer=str(tmp_path)).load("cpu", torch.float32)
 
 
 def test_it_says_when_it_is_not_loaded():

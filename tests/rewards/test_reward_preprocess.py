@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 from rewards.media import from_pil, to_pil
 from rewards.preprocess import (
@@ -18,6 +19,7 @@ from rewards.preprocess import (
     resize,
     shortest,
     smart_size,
+    without_ends,
 )
 from tests.rewards.clips import photo
 from tests.rewards.makers import text
@@ -72,6 +74,41 @@ def test_pad_is_open_clips_longest_mode(height, width):
     image = photo(height, width)
     theirs = image_transform_v2(PreprocessCfg(size=224, resize_mode="longest", fill_color=0), is_train=False)(image)
     assert_rounding(Preprocess(size=224, mode="pad")([from_pil(image)])[0], theirs)
+
+
+class Largest(TorchFunctionMode):
+    """Of the tensors that are made within: how many values the largest has."""
+
+    values = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.values = max(self.values, made.numel())
+        return made
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 2000), (1, 2001), (2000, 1), (7, 500), (501, 3)])
+def test_a_sliver_is_cut_before_it_grows(height, width):
+    """It looks as PIL makes it, and never takes more than 20 squares of memory: whole, 1 x 2000 would be 2000."""
+    image, size = photo(height, width), 24
+    rows, columns = shortest(height, width, size)
+    left, top = (columns - size) // 2, (rows - size) // 2
+    theirs = image.resize((columns, rows), BICUBIC).crop((left, top, left + size, top + size))
+    pixels = from_pil(image)
+    with Largest() as largest:
+        ours = Preprocess(size=size)([pixels])[0]
+    assert_rounding(ours, normalised(theirs))
+    assert largest.values < 20 * ours.numel()
+
+
+def test_only_a_sliver_loses_its_ends():
+    for height, width, *kept in [(2, 32, 2, 32), (2, 33, 2, 33), (2, 34, 2, 32), (90, 3, 48, 3), (91, 3, 49, 3)]:
+        image = torch.rand(3, height, width)
+        seen = without_ends(image)
+        assert list(seen.shape[1:]) == kept
+        top, left = (height - kept[0]) // 2, (width - kept[1]) // 2
+        assert torch.equal(seen, image[:, top : top + kept[0], left : left + kept[1]])
 
 
 def test_pad_is_black_before_it_is_normalised():

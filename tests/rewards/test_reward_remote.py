@@ -1,6 +1,7 @@
 """Rewards by address: the scores of a real server are the local ones, and a bad server costs its own samples only."""
 
 import math
+import threading
 import time
 import warnings
 
@@ -11,7 +12,7 @@ from rewards import RewardContractError, RewardError, RewardHub, Sample, Scores,
 from rewards.http import Endpoint, RemoteError
 from rewards.media import to_pil
 from rewards.remote import Remote, to_wire
-from tests.rewards.faults import FaultServer, answer, closed_port, reply, status, without_answer
+from tests.rewards.faults import FaultServer, answer, closed_port, hang, reply, status, without_answer
 from tests.rewards.makers import batch, noise
 
 pytest.importorskip("uvicorn")
@@ -280,6 +281,126 @@ def test_more_requests_than_slots_share_one_deadline():
         assert time.monotonic() - start < 0.5 + 0.3
         assert scores.value.isnan().all()
         assert all(info["failed"] and info["error"] for info in scores.info)
+
+
+@pytest.mark.parametrize("how", ["frames", "batches", "both", "one by one"])
+def test_one_deadline_holds_for_a_call_of_the_hub(how):
+    options = {"batches": {"batch_size": 2}, "both": {"batch_size": 2}}.get(how, {})
+    frames = 4 if how in ("frames", "both") else None
+    samples = [noise(0, frames=frames, group=seed) for seed in range(8)]
+    with FaultServer(unless("prompt 0", hang())) as bad:
+        url = f"{bad.url}/r"
+        entry = (
+            {"use": Fragile(url, deadline=0.5), "name": "r"} if how == "one by one" else {"use": url, "deadline": 0.5}
+        )
+        with RewardHub(entry | options) as hub:
+            hub.warmup([noise(1)])
+            start = time.monotonic()
+            result = hub(samples)
+            assert time.monotonic() - start < 0.5 + 0.3
+    assert result.total.isnan().all()
+    assert all(info["r"]["failed"] and info["r"]["error"] for info in result.info)
+
+
+class Fragile(Remote):
+    """Asks the server, and then does not bear batches."""
+
+    def score(self, samples):
+        scores = super().score(samples)
+        if len(samples) > 1:
+            raise ValueError("too many")
+        return scores
+
+
+def test_the_next_call_of_the_hub_has_a_deadline_of_its_own():
+    with FaultServer(unless("prompt 0", hang())) as bad, RewardHub({"use": f"{bad.url}/r", "deadline": 0.3}) as hub:
+        assert hub([noise(0)]).total.isnan().all()
+        assert hub([noise(1)]).total.tolist() == [1.0]
+
+
+def test_a_picture_that_is_slow_to_read_holds_up_nobody_and_what_waits_behind_it_is_given_up(monkeypatch):
+    reads, disk = [], threading.Event()
+
+    def stalled(*_):
+        reads.append(1)
+        disk.wait(5)
+        return torch.zeros(3, 4, 4)
+
+    monkeypatch.setattr("rewards.remote.folder.reference", stalled)
+    samples = [noise(seed, meta={"reference": torch.zeros(3, 4, 4)}) for seed in range(4)]
+    with FaultServer(answer(good)) as other:
+        made = remote(f"{other.url}/r", request_size=1, max_concurrency=1, deadline=0.3)
+        start = time.monotonic()
+        scores = made.score(samples)
+        assert time.monotonic() - start < 0.3 + 0.3
+        assert [info["error"] for info in scores.info] == ["no answer before the deadline of 0.3 s"] * 4
+        disk.set()
+        made._pool.shutdown(wait=True)
+        assert reads == [1]
+        assert [r.method for r in other.requests] == ["GET"]
+
+
+@pytest.mark.parametrize("bad", ["damaged.png", "x" * 5000, "~nobody-of-this-name/a.png"])
+def test_a_reference_that_cannot_be_sent_costs_its_own_sample_only(tmp_path, bad):
+    (tmp_path / "damaged.png").write_bytes(b"no picture")
+    given = str(tmp_path / bad) if bad == "damaged.png" else bad
+    samples = [noise(seed, size=16, meta={"reference": noise(9, 16).media}) for seed in range(4)]
+    samples[1] = noise(1, size=16, meta={"reference": given})
+    asked = []
+    with RewardServer(["similarity.l1"], port=0, device="cpu") as server:
+        batcher = server._batchers["similarity.l1"]
+        submit = batcher.submit
+        batcher.submit = lambda jobs: asked.append(len(jobs)) or submit(jobs)
+        with RewardHub(f"{server.url}/similarity.l1") as hub:
+            result = hub(samples)
+    assert result.total.isnan().tolist() == [False, True, False, False]
+    assert 'meta["reference"]' in result.info[1]["similarity.l1"]["error"]
+    assert asked == [3 if bad == "damaged.png" else 4]
+
+
+def test_a_reference_that_cannot_be_sent_costs_its_whole_group_where_groups_are_compared(tmp_path, server, rank):
+    (tmp_path / "damaged.png").write_bytes(b"no picture")
+    samples = batch(4)
+    samples[1] = noise(1, group=0, meta={"reference": str(tmp_path / "damaged.png")})
+    rank.calls.clear()
+    scores = remote(f"{server.url}/rank").score(samples)
+    assert scores.value.isnan().tolist() == [True, True, False, False]
+    assert "damaged.png" in scores.info[0]["error"] == scores.info[1]["error"]
+    assert [len(call) for call in rank.calls] == [2]
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ({"error": ["x"]}, {"error": '["x"]'}),
+        ({"error": {"a": "\x1b"}, "failed": True}, {"error": '{"a": "\\u001b"}', "failed": True}),
+        ({"error": "a\x1b[31m\n\ud800"}, {"error": "a [31m  "}),
+        ({"error": "x" * 500}, {"error": "x" * 397 + "..."}),
+        ({"read": ["a\nb", {"c": 1}]}, {"read": ["a\nb", {"c": 1}]}),
+    ],
+)
+def test_what_a_server_says_of_a_sample_is_made_fit_for_a_log(told, kept):
+    with FaultServer(unless("prompt 0", reply({"value": [None], "info": [told]}))) as bad:
+        assert remote(f"{bad.url}/r").score([noise(0)]).info == [{"error": ANY} | kept]
+
+
+ANY = "the reward returned NaN, None or an infinity"
+
+
+@pytest.mark.parametrize("large", [lambda: nested(600), lambda: nested(17), lambda: "x" * 70_000, lambda: [0] * 40_000])
+@pytest.mark.parametrize("key", ["error", "read"])
+def test_information_without_end_is_left_out_and_the_score_is_kept(large, key):
+    told = {"value": [0.5], "info": [{key: large(), "failed": 1}]}
+    with FaultServer(unless("prompt 0", reply(told))) as bad:
+        scores = remote(f"{bad.url}/r").score([noise(0)])
+    assert scores.value.tolist() == [0.5]
+    info = scores.info[0]
+    assert "nested more than 16 deep" in info.pop("left_out") and info.pop("failed") is True
+    assert list(info) == (["error"] if key == "error" else []) and len(info.get("error", "")) <= 400
+
+
+def nested(levels):
+    return [nested(levels - 1)] if levels else 0
 
 
 def test_requests_go_out_at_the_same_time_but_not_all_at_once():

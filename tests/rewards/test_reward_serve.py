@@ -1,6 +1,7 @@
 """The reward server over real sockets: who may ask, for what and how much, and that no client harms another."""
 
 import base64
+import gc
 import http.client
 import io
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -356,6 +358,101 @@ def test_too_many_requests_are_told_to_come_back(server, counting):
         assert sorted(call.result()[0] for call in calls) == [200] * 6 + [429] * 3
 
 
+class Gated:
+    """Scores by group, when told to."""
+
+    scope = "group"
+
+    def __init__(self):
+        self.gate, self.calls = threading.Event(), []
+        self.gate.set()
+
+    def score(self, samples):
+        self.calls.append([sample.group for sample in samples])
+        assert self.gate.wait(10)
+        return [float(sum(other.group == sample.group for other in samples)) for sample in samples]
+
+
+def test_groups_of_two_clients_stay_apart_when_they_are_scored_together():
+    gated = Gated()
+    with (
+        RewardServer({"use": gated, "name": "g"}, port=0, device="cpu") as server,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        gated.gate.clear()
+        calls = [pool.submit(ask, server, body(noise(0), reward="g"))]
+        wait_for(lambda: len(gated.calls) == 2)  # the first was the warm-up
+        calls += [pool.submit(ask, server, body(*batch(count, group_size=count), reward="g")) for count in (2, 3)]
+        wait_for(lambda: server._batchers["g"]._jobs.qsize() == 2)
+        gated.gate.set()
+        assert [call.result()[1]["value"] for call in calls] == [[1.0], [2.0] * 2, [3.0] * 3]
+    assert sorted(map(gated.calls[-1].count, set(gated.calls[-1]))) == [2, 3]
+
+
+def wait_for(condition):
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Weak references to the pictures that the server has decoded."""
+    from rewards import serve
+
+    seen, decode = [], serve.from_pil
+
+    def spy(image):
+        picture = decode(image)
+        seen.append(weakref.ref(picture))
+        return picture
+
+    monkeypatch.setattr(serve, "from_pil", spy)
+    return seen
+
+
+def test_pictures_of_requests_that_were_given_up_are_let_go(server, counting, decoded):
+    counting.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        stuck = pool.submit(ask, server, body(noise(0)))
+        wait_for(lambda: counting.sizes)
+        late = pool.submit(ask, server, body(noise(1), noise(2)))
+        assert stuck.result()[0] == late.result()[0] == 504
+    assert server._batchers["mean"]._jobs.qsize() == 1 and len(decoded) == 3
+    wait_for(lambda: gc.collect() is not None and [ref() is None for ref in decoded] == [False, True, True])
+    counting.gate.set()
+    wait_for(lambda: gc.collect() is not None and all(ref() is None for ref in decoded))
+    wait_for(lambda: server._room._left == 16 * 64 * 64)
+
+
+def test_pixels_are_limited_over_all_requests_and_one_more_waits_for_room(server, counting, decoded):
+    most = {"frames": [picture((64, 64))] * 16}
+    counting.gate.clear()
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(ask, server, with_media(most)) for _ in range(3)]
+        wait_for(lambda: counting.sizes)
+        time.sleep(0.2)
+        assert len(decoded) == 16 and ask(server, None, "/health", "GET")[0] == 200
+        counting.gate.set()
+        assert [call.result()[1]["value"] for call in calls] == [[1.0]] * 3
+    assert len(decoded) == 48
+
+
+def test_a_request_that_finds_no_room_in_time_is_a_504_and_unreadable_pictures_cost_no_room(server, counting):
+    whole = server._room._left
+    damaged = {**picture((64, 64)), "b64": picture((64, 64))["b64"][:60]}
+    assert ask(server, with_media(damaged))[1]["value"] == [None]
+    assert ask(server, with_media({"frames": [picture((64, 64))] * 16 + [picture((64, 64))]}))[0] == 413
+    assert server._room._left == whole
+    counting.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(ask, server, with_media({"frames": [picture((64, 64))] * 16})) for _ in range(2)]
+        assert [call.result()[0] for call in calls] == [504, 504]
+    counting.gate.set()
+    wait_for(lambda: server._room._left == whole)
+
+
 def test_clients_that_hang_up_or_talk_nonsense_do_no_harm(server):
     address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
     for data in (
@@ -472,6 +569,25 @@ def test_closing_lets_the_weights_go_and_the_port_too():
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
     server.close()
+
+
+def test_a_reward_that_hangs_does_not_keep_the_server_alive(monkeypatch, caplog):
+    monkeypatch.setattr("rewards.serve._CLOSE_SECONDS", 0.3)
+    hung = Counting()
+    server = RewardServer([{"use": hung, "name": "mean"}, "pixel.contrast"], port=0, device="cpu").start()
+    hung.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        asked = len(hung.sizes)
+        pool.submit(ask, server, body(noise(0)))
+        wait_for(lambda: len(hung.sizes) > asked)
+        start = time.monotonic()
+        closing = threading.Thread(target=server.close, daemon=True)
+        closing.start()
+        closing.join(4)
+        ended, seconds = not closing.is_alive(), time.monotonic() - start
+        hung.gate.set()
+    assert ended and seconds < 3
+    assert "reward 'mean' still scores; it is left behind" in caplog.text
 
 
 def test_a_process_of_its_own_serves_until_it_is_interrupted(tmp_path):

@@ -1,11 +1,13 @@
 """VideoReward on a tiny random Qwen2-VL in upstream's file layout, against transformers' own model and processor."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rewards import RewardError, RewardHub, Sample, build, traits_of
+from rewards.preprocess import resize
 from rewards.videoreward import _QUESTION, _frames
 from tests.rewards.makers import noise
 from tests.rewards.test_reward_qwen2vl import chat, network_of, old_names, processor_of, write_base
@@ -83,7 +85,8 @@ def by_hand(options, sample, outputs=1, positions="1-D", model=None):
     processor = processor_of(options["base"], MARKS)
     text = chat(_QUESTION.replace("{prompt}", sample.prompt), "video")
     inputs = processor(text=text, videos=[sample.media], do_rescale=False, do_resize=False, return_tensors="pt")
-    assert inputs["video_grid_thw"].tolist() == [[len(sample.media) // 2, 24, 24]]
+    patches = sample.media.shape[-1] // 14
+    assert inputs["video_grid_thw"].tolist() == [[len(sample.media) // 2, patches, patches]]
     if positions == "1-D":
         inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1]).expand(3, 1, -1)
     hidden = model.model(**inputs).last_hidden_state[0]
@@ -104,6 +107,19 @@ def test_three_values_at_three_tokens_each_normalised(reward, options):
         assert scores.parts[key].tolist() == pytest.approx([value], abs=1e-4)
     assert scores.value.tolist() == scores.parts["Overall"].tolist()
     assert scores.value.tolist() == pytest.approx([sum(expected.values())], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "told", "seen"),
+    [(64, None, 336), (560, None, 448), (560, 200704, 448), (448, 112896, 336)],  # 128, 256, 256 and 144 x 28 x 28
+)
+def test_frames_are_resized_within_bounds(options, tensors, tmp_path, size, told, seen):
+    """At least 128 x 28 x 28 pixels, and at most what the settings say, or 256 x 28 x 28."""
+    data = {**CONFIG["data_config"], "max_frame_pixels": told}
+    bounded = loaded({**options, "model": write(tmp_path / "bounded", tensors, data_config=data)})
+    sample = film(0, size)
+    expected = by_hand(options, replace(sample, media=resize(sample.media, seen, seen)))
+    assert {key: value[0] for key, value in parts_of(bounded, sample).items()} == pytest.approx(expected, abs=1e-4)
 
 
 def test_positions_are_not_three_dimensional(reward, options):
@@ -275,6 +291,21 @@ def test_the_last_of_several_checkpoints_is_read(options, tensors, reward, tmp_p
     folder = write(tmp_path / "run", tensors, step=1000)
     sample = film(0, 64)
     assert loaded({**options, "model": folder}).score([sample]).value.equal(reward.score([sample]).value)
+
+
+def test_a_checkpoint_itself_can_be_given(options, tensors, reward, tmp_path):
+    """Then its settings are one folder above, or beside it; and no other checkpoint is looked for."""
+    folder, sample = write(tmp_path / "run", tensors, step=900), film(0, 64)
+    write(tmp_path / "run", {**tensors, "rm_head.weight": torch.zeros(1, 32)}, step=1000)
+    file, expected = tmp_path / "run" / "checkpoint-900" / "model.pth", reward.score([sample]).value
+    assert loaded({**options, "model": str(file)}).score([sample]).value.equal(expected)
+    settings = tmp_path / "run" / "model_config.json"
+    settings.replace(file.parent / settings.name)
+    assert loaded({**options, "model": str(file)}).score([sample]).value.equal(expected)
+    (file.parent / settings.name).unlink()
+    with pytest.raises(RewardError, match=r"model.pth is a file, and around it there is no model_config.json"):
+        loaded({**options, "model": str(file)})
+    assert folder == str(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

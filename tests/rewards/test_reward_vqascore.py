@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from rewards import RewardError, RewardHub, Sample, build, traits_of
-from rewards._vlm import answers, asked, load_chat_model, next_token_logprobs, prepare, token_ids
+from rewards._vlm import (
+    _ROWS,
+    _in_full,
+    answers,
+    asked,
+    load_chat_model,
+    load_vlm,
+    next_token_logprobs,
+    prepare,
+    token_ids,
+)
 from rewards.vqascore import QUESTION, VQAScore
 from tests.rewards.makers import noise
 from tests.rewards.test_reward_suder import (
@@ -178,6 +188,29 @@ def test_a_batch_changes_nothing_and_keeps_the_order(reward):
     assert reward.score(samples[::-1]).value.tolist() == pytest.approx(alone[::-1], rel=1e-4)
 
 
+def test_white_space_around_a_prompt_is_not_asked(reward):
+    bare, wide = (noise(0, 28, prompt=prompt) for prompt in ("a red circle", " \n a red circle\t\n"))
+    assert reward.score([wide]).value.item() == pytest.approx(reward.score([bare]).value.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["t5", "vicuna"])
+def test_the_q_former_reads_what_it_has_places_for_and_the_rest_reads_all(folders, kind):
+    """128 here: the first 127 tokens and the end mark, by a forward pass of the model itself."""
+    reward, samples = loaded(folders[kind]), samples_of()
+    samples[1] = noise(1, 56, prompt=" ".join(["red"] * 200))
+    model, tokenizer, inputs = one_input(folders[kind], kind, samples[1])
+    for name in ("qformer_input_ids", "qformer_attention_mask"):
+        assert inputs[name].shape[1] > 200
+        inputs[name] = torch.cat([inputs[name][:, :127], inputs[name][:, -1:]], 1)
+    start = {"decoder_input_ids": torch.tensor([[0]])} if kind == "t5" else {}
+    with torch.no_grad():
+        probabilities = model(**inputs, **start).logits[0, -1].double().softmax(-1)
+    expected = probabilities[tokenizer.convert_tokens_to_ids("Yes")].item()
+    assert reward.score([samples[1]]).value.item() == pytest.approx(expected, rel=1e-4)
+    together = reward.score(samples).value.tolist()
+    assert together == pytest.approx([reward.score([sample]).value.item() for sample in samples], rel=1e-4)
+
+
 def test_the_template_is_filled_by_replacing(folders, kind):
     """So that braces in it, or in a prompt, are only braces."""
     template, sample = "{x} {prompt}? {", noise(0, 28, prompt="a {0} {circle}")
@@ -302,6 +335,36 @@ def test_greedy_answers_of_an_encoder_decoder_have_only_what_is_new(folders):
     inputs = prepare(processor, [[noise(0, 16).media]], ["a red circle"], padding_side="right")
     first = next_token_logprobs(model, inputs)[0].argmax()
     assert answers(model, processor, inputs, max_tokens=1) == [(processor.tokenizer.decode([first]).strip(), False)]
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_half_precision_does_not_round_the_logits(folders, kind):
+    """The state before the last layer, taken from a plain forward pass, and that layer in fp64."""
+    model, processor = load_vlm("test", folders[kind], "main", CPU, torch.bfloat16)
+    talk = [asked("a star")] if kind in ("llava", "qwen") else "a star"
+    inputs = prepare(processor, [[noise(0, 28).media]], [talk])
+    start = {"decoder_input_ids": torch.tensor([[0]])} if kind == "t5" else {}
+    last, states = model.get_output_embeddings(), []
+    hook = last.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    with torch.no_grad():
+        rounded = model(**inputs.to(CPU, torch.bfloat16), **start).logits[:, -1]
+    hook.remove()
+    expected = (states[0][:, -1].double() @ last.weight.double().T).log_softmax(-1).float()
+    torch.testing.assert_close(next_token_logprobs(model, inputs), expected, rtol=0, atol=1e-4)
+    assert (rounded.float().log_softmax(-1) - expected).abs().max() > 1e-3
+    assert not last._forward_hooks  # other uses of the model are as they were
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_large_vocabulary_is_gone_through_in_parts(bias, dtype):
+    layer = torch.nn.Linear(8, 2 * _ROWS + 5, bias=bias, dtype=dtype)
+    state = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    made = _in_full(layer, (state,), torch.empty(0))
+    expected = torch.nn.functional.linear(state[:, -1:].double(), *(p.double() for p in layer.parameters()))
+    assert made.shape == (2, 1, 2 * _ROWS + 5)
+    assert made.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(made.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_log_probabilities_are_of_the_whole_vocabulary(folders):

@@ -48,6 +48,24 @@ def test_swiss_rounds_repeat_no_pair_and_pair_neighbours(size):
         assert all(points[i] == points[j] for i, j in rounds[1])
 
 
+def test_a_pair_without_a_verdict_counts_half_a_point_each_in_the_ranking():
+    """8 play, one pair of the first round has no verdict: 3 have 1 point, 2 have 1/2, 3 have 0. Neighbours then meet:
+    two winners; the third and an unjudged one; the other unjudged one and a loser; two losers.
+    """
+    for seed in range(20):
+        rounds = []
+
+        def ask(pairs, rounds=rounds, seed=seed):
+            rounds.append(pairs)
+            return [math.nan if place == seed % 4 else 1.0 for place in range(len(pairs))]
+
+        play(Schedule.parse("swiss:2"), {0: range(8)}, seed, ask)
+        points = {row: 1 - side for pair in rounds[0] for side, row in enumerate(pair)}
+        points |= dict.fromkeys(rounds[0][seed % 4], 0.5)
+        met = sorted(sorted((points[i], points[j])) for i, j in rounds[1])
+        assert met == [[0, 0], [0, 0.5], [0.5, 1], [1, 1]]
+
+
 def test_swiss_with_few_calls_finds_the_best():
     """4 rounds of 16: at most 32 pairs instead of 120, and the best is found in each of 20 draws."""
     for seed in range(20):

@@ -161,6 +161,21 @@ def config_check(config: ConfigPath, overrides: Overrides = None) -> None:
     if problems:
         raise SystemExit(2)
     console.print(f"{config}: ok")
+    for note in _missing_weights(config, overrides):
+        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _missing_weights(config: Path, overrides: list[str] | None) -> list[str]:
+    """What the rewards of a config lack on this machine: no mistake, it may be fetched or run elsewhere."""
+    from flowrl.config import load_config
+    from rewards.catalogue import describe
+
+    loaded = load_config(config, overrides or [])
+    return [
+        f"reward {entry.use!r} cannot run here yet: {mend}"
+        for entry in (*loaded.rewards, *loaded.eval_rewards)
+        for _, mend in describe(entry.use, entry.options).obstacles
+    ]
 
 
 @config_app.command("show")

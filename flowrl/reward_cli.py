@@ -33,14 +33,16 @@ def reward_list(
     if as_json:
         print(json.dumps([_plain(each) for each in found], indent=2))
         return
-    table = Table("reward", "judges", "range", "grad", "licence", "weights", "size", "runs here", box=None)
     for each in found:
-        weights = ", ".join(w.source for w in each.card.weights) or "–"
-        runs = "yes" if each.runs else "no; " + "; ".join(mend for _, mend in each.obstacles)
-        cells = [each.name, _judged(each), each.range, "yes" if each.traits.differentiable else "–",
-                 each.card.licence, weights, each.size, runs]  # fmt: skip
-        table.add_row(*(Text(cell, overflow="fold") for cell in cells))
-    console.print(table)
+        grad = ", differentiable" if each.traits.differentiable else ""
+        _say(each.name, f"{_judged(each)}, range {each.range}{grad}; {each.card.licence}", head=True)
+        if each.card.weights:
+            _say("weights", f"{', '.join(w.source for w in each.card.weights)}; {each.size} in memory")
+        if each.card.packages or each.card.programs:
+            _say("depends on", ", ".join([*each.card.packages, *each.card.programs]))
+        _say("runs here", "yes" if each.runs else "no")
+        for _, mend in each.obstacles:
+            _say("", mend)
     console.print(f"{sum(each.runs for each in found)} of {len(found)} can run here; more: flowrl reward info NAME")
 
 
@@ -84,7 +86,7 @@ def reward_score(
     entry = _entry(name)
     samples, paths = read_media(media, prompt, _json(meta, "--meta"))
     with RewardHub(entry, device=device) as hub:
-        hub.warmup(samples[:1])
+        hub.warmup([])
         result = hub(samples)
         (key,) = result.scores
     rows = [
@@ -105,6 +107,8 @@ def reward_score(
             Text(row["file"], overflow="fold"), *("–" if n is None else f"{n:.4g}" for n in numbers), Text(info)
         )
     console.print(table)
+    if result.total.isnan().all():
+        raise SystemExit(1)
 
 
 @reward_app.command("eval")
@@ -184,7 +188,10 @@ def reward_serve(
 ) -> None:
     """Serve rewards over HTTP to runs elsewhere: `use: http://HOST:PORT/NAME`. JSON only."""
     from rewards.serve import serve
+    from rewards.types import RewardError
 
+    if token is not None and not token.startswith("env:"):
+        raise RewardError("--token takes env:NAME: what stands on a command line, every user of this machine can read")
     serve([_entry(name) for name in names], host=host, port=port, token=token, device=device)
 
 
@@ -236,10 +243,10 @@ def _entry(text: str) -> dict[str, Any]:
 
 def _samples(data: Path, limit: int | None) -> list[Any]:
     """Pictures with prompts: a folder or list of them, or what a set of preferences compares."""
-    from rewards.folder import read_media
+    from rewards.folder import lists_files, read_media
     from rewards.preferences import PAIRS, read_preferences
 
-    if data.name == PAIRS or (data / PAIRS).is_file():
+    if (data / PAIRS).is_file() or (data.is_file() and not lists_files(data)):
         return read_preferences(data).samples(limit)
     return read_media([data], "", {}, limit=limit)[0]
 
@@ -278,6 +285,13 @@ def _check_output(output: Path | None) -> None:
 
     if output is not None and output.suffix not in (".json", ".md"):
         raise RewardError(f"--output {output}: the report is written as .json or .md; give a name that ends so")
+
+
+def _say(key: str, text: str, head: bool = False) -> None:
+    """A line of the list, which is not wrapped, so that a command in it can be copied."""
+    line = Text(key, style="bold") if head else Text(f"    {key:11}", style="dim")
+    line.append(f"  {text}" if head else text, style="")
+    console.print(line, soft_wrap=True)
 
 
 def _judged(each: Any) -> str:

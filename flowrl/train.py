@@ -48,7 +48,7 @@ from flowrl.rollouts import forget_after, write_rollout
 from flowrl.types import Algorithm, Batch, Prompt
 from flowrl.update import Updater, deal, learning_rate_factor
 from rewards import HubResult, RewardHub
-from rewards.combine import normalised
+from rewards.combine import Rule, normalised
 from rewards.scorer import NanWatch
 from rewards.types import RewardError
 from samplers import Plan, stable_seed
@@ -241,6 +241,7 @@ class Trainer:
         roles = ("rollout", "train", "old", "reference", "teacher")
         calls = {role: self._total(self.policy.calls[role] - calls_before.get(role, 0)) for role in roles}
         rewards = reward_metrics(table, scores, per_prompt) if self.algorithm.needs.rewards else {}
+        rewards |= gate_metrics(scores, self.hub.rules)
         rewards |= {f"time/reward/{name}": seconds for name, seconds in result.seconds.items()}
         return (
             metrics
@@ -411,6 +412,11 @@ class Trainer:
             self.log.say(f"evaluation after {self.iteration} iterations: {headline(summary)}")
             for alarm in summary.get("alarms", []):
                 self.log.say(f"warning: {alarm}")
+            if found.total is not None and found.total.isnan().all():
+                self.log.say(
+                    "warning: no evaluation sample has a verdict by the rewards that are trained on: nothing is learnt "
+                    "from such prompts. rollouts/ has the reason for each sample."
+                )
             self.evaluations[str(self.iteration)] = summary  # from here on a checkpoint says that it is done
             if settings.keep == "best" and self._best_evaluation() == self.iteration:
                 self.best = self.policy.state_dict()
@@ -675,6 +681,12 @@ def reward_metrics(table: Tensor, scores: Mapping[str, Tensor], samples_per_prom
         out[f"score_group_std/{name}"] = torch.stack(own).mean().item() if own else math.nan
         out[f"score_no_verdict/{name}"] = score.isnan().double().mean().item()
     return out
+
+
+def gate_metrics(scores: Mapping[str, Tensor], rules: Mapping[str, Rule]) -> dict[str, float]:
+    """Share of the samples whose total each gate cuts."""
+    gates = {name: rule.gate for name, rule in rules.items() if rule.gate is not None and name in scores}
+    return {f"gate_cut/{name}": (scores[name] < gate.min).double().mean().item() for name, gate in gates.items()}
 
 
 def _unjudged(batch: Batch) -> HubResult:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rewards._answers import Reply, Step, is_number
 from rewards._vlm import answers, control_token, load_chat_model, next_token_logprobs, prepare
-from rewards.http import Endpoint, RemoteError
+from rewards.http import Endpoint, RemoteError, began
 from rewards.media import to_pil
 from rewards.types import RewardError
 
@@ -117,7 +117,7 @@ class RemoteChat:
         """Several at a time; all are settled when the deadline is over."""
         if not questions:
             return []
-        end = time.monotonic() + self._deadline
+        end = began() + self._deadline
 
         def answer(question: Question) -> Outcome:
             try:

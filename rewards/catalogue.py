@@ -11,6 +11,9 @@ from rewards.card import Card, obstacles
 from rewards.resolve import available, build, resolve
 from rewards.types import RewardError, Traits, traits_of
 
+NO_CARD = Card(source="–", licence="–")
+"""Of a reward that does not say where it comes from."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
@@ -43,8 +46,17 @@ class Listed:
 
 
 def catalogue() -> list[Listed]:
-    """All rewards that have a name; nothing is loaded."""
-    return [describe(name) for name in available()]
+    """All rewards that have a name; nothing is loaded. One that cannot even be imported is listed with its error."""
+    return [_listed(name) for name in available()]
+
+
+def _listed(name: str) -> Listed:
+    try:
+        return describe(name)
+    except RewardError as error:  # an entry point of another package
+        return Listed(
+            name=name, summary="", traits=Traits(), card=NO_CARD, obstacles=((str(error), "mend its package"),)
+        )
 
 
 def describe(name: str, options: Mapping[str, Any] | None = None) -> Listed:
@@ -57,7 +69,7 @@ def describe(name: str, options: Mapping[str, Any] | None = None) -> Listed:
             raise
         reward = target  # it needs an option: what its class says is all there is to say
     traits = traits_of(reward)
-    card = traits.card or Card(source="–")
+    card = traits.card or NO_CARD
     given = frozenset(options or ())
     return Listed(
         name=name,

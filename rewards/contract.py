@@ -69,7 +69,12 @@ def _info(info: Any, count: int, name: str) -> list[dict[str, Any]]:
         _refuse(name, f"info of type {type(info).__name__}", "a list with one dict per sample, or []", "")
     if info and len(info) != count:
         _refuse(name, f"{len(info)} info dicts", f"{count}, one per sample, or []", "")
-    return [dict(entry) for entry in info] if info else [{} for _ in range(count)]
+    return [_told(entry) for entry in info] if info else [{} for _ in range(count)]
+
+
+def _told(entry: dict[str, Any]) -> dict[str, Any]:
+    """A copy whose `error` is text, as everybody takes it to be."""
+    return {**entry, "error": str(entry["error"])} if "error" in entry else dict(entry)
 
 
 def _vector(returned: Any, count: int, name: str) -> Tensor:

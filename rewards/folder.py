@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -52,9 +53,9 @@ def read(file: Path, fps: float | None = None) -> tuple[Tensor, float | None]:
     A folder is a video's frames, a .safetensors one of a pair store. Of a video file at most `fps` frames a second are
     kept, evenly spaced. RewardError names a file that cannot be read.
     """
-    if not file.exists():
-        raise RewardError(f"{file} does not exist")
     try:
+        if not file.exists():
+            raise RewardError(f"{file} does not exist")
         if file.is_dir():
             return _frames(file), None
         if file.suffix == ".safetensors":
@@ -163,6 +164,14 @@ def _rows(path: Path, prompt: str, meta: Mapping[str, Any]) -> list[tuple[Path, 
         return _listed(lists[0])
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES + VIDEOS)
     return [(file, prompt, dict(meta)) for file in files]
+
+
+def lists_files(path: Path) -> bool:
+    """Whether a .jsonl is a list of pictures with their prompts, by its first line; other files are pictures."""
+    if path.suffix not in (".jsonl", ".json", ".csv", ".parquet", ".arrow"):
+        return True
+    with path.open("rb") as lines:
+        return path.suffix == ".jsonl" and re.search(rb'"file(_name)?"\s*:', lines.readline(1 << 20)) is not None
 
 
 def _listed(path: Path) -> list[tuple[Path, str, dict[str, Any]]]:

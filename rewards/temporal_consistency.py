@@ -54,7 +54,6 @@ class TemporalConsistency:
     name = "temporal_consistency"
     media: frozenset[MediaKind] = frozenset({"video"})
     deterministic = True
-    differentiable = True
     range = (0.0, 1.0)
     card = Card(
         source="warping error after Lai et al. (arXiv:1808.00449); DIS (arXiv:1603.03590) of OpenCV",

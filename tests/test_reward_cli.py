@@ -68,6 +68,7 @@ def test_score_prints_number_parts_and_reasons(tmp_path):
     assert first["info"]["read"] == "hello" and second["score"] < 1
     said = run("score", "pixel.jpeg_size", tmp_path / "a.png").output
     assert "a.png" in said and "pixel.jpeg_size" in said
+    assert "no text to look for" in run("score", "ocr", tmp_path / "a.png", ok=False).output
     given = run("score", "ocr", tmp_path / "a.png", "--meta", '{"text": "hella"}', "--json").output
     assert json.loads(given)["score"] == pytest.approx(0.8)
 
@@ -92,6 +93,25 @@ def test_probe_finds_one_that_is_fooled_and_one_that_is_not(prefs, tmp_path):
     assert rows["shapes"] == "–" and set(rows["pixel.contrast"].split(", ")) == {"noise", "contrast"}
     assert len(list((tmp_path / "sheets").glob("*.png"))) == 2
     assert {row["probe"] for row in json.loads((tmp_path / "p.json").read_text())["rows"]} >= {"contrast", "noise"}
+
+
+def test_probe_reads_whatever_eval_reads(prefs, tmp_path):
+    lines = (prefs / "pairs.jsonl").read_text().replace('"media/', f'"{prefs}/media/').splitlines()[:2]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    (tmp_path / "list.jsonl").write_text(json.dumps({"file": str(next((prefs / "media").iterdir())), "prompt": "p"}))
+    for data in (tmp_path / "list.jsonl", prefs / "pairs.jsonl", prefs):
+        assert "contrast" in run("probe", "pixel.contrast", "--data", data, "--probe", "contrast", "--limit", 4).output
+
+
+def test_a_package_whose_entry_point_fails_is_listed_with_its_error(monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    broken = EntryPoint("broken", "no_such_module:nothing", "flowrl.rewards")
+    monkeypatch.setattr("rewards.catalogue.available", lambda: ["pixel.contrast", "broken"])
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: [broken])
+    found = {each["name"]: each for each in json.loads(run("list", "--json").output)}
+    assert found["pixel.contrast"]["runs"] and not found["broken"]["runs"]
+    assert "no_such_module" in found["broken"]["missing"][0]["what"]
 
 
 def test_check_grad_fails_with_an_exit_code(tmp_path):
@@ -141,6 +161,7 @@ def test_serve_answers_over_http(tmp_path):
         (["eval", "shapes", "--data", "nowhere"], "there is no preference data at 'nowhere'"),
         (["serve", "pixel.contrast", "--host", "192.168.0.1"], "token"),
         (["check-grad", "pixel.jpeg_size"], "differentiable"),
+        (["serve", "pixel.contrast", "--token", "secret"], "takes env:NAME"),
         (["serve", "./x.csv:y"], "cannot import './x.csv'"),
         (["probe", "shapes", "--data", "x", "--output", "r.txt"], "written as .json or .md"),
         (["table", "--benchmark", "nope"], "there are the benchmarks"),

@@ -21,6 +21,7 @@ from PIL import Image
 
 from rewards import RewardError, RewardHub, declare
 from rewards.http import Endpoint, RemoteError
+from rewards.media import from_pil
 from rewards.remote import Remote, to_wire
 from tests.rewards.faults import closed_port
 from tests.rewards.makers import batch, flat, noise
@@ -450,6 +451,13 @@ def test_a_request_that_finds_no_room_in_time_is_a_504_and_unreadable_pictures_c
         calls = [pool.submit(ask, server, with_media({"frames": [picture((64, 64))] * 16})) for _ in range(2)]
         assert [call.result()[0] for call in calls] == [504, 504]
     counting.gate.set()
+    wait_for(lambda: server._room._left == whole)
+
+
+def test_pictures_that_take_too_long_to_decode_give_their_room_back(server, monkeypatch):
+    whole, decode = server._room._left, from_pil
+    monkeypatch.setattr("rewards.serve.from_pil", lambda image: time.sleep(1.3) or decode(image))
+    assert ask(server, with_media(picture()))[0] == 504
     wait_for(lambda: server._room._left == whole)
 
 

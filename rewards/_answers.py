@@ -94,19 +94,19 @@ class ScoreLines:
 
     def __call__(self, reply: Reply) -> Verdict:
         """One number a label."""
-        lines = _lines(answer_of(reply.text, self.tag))
-        parts = {name: self._number(label, lines) for name, label in self.labels.items()}
+        answer = answer_of(reply.text, self.tag)
+        parts = {name: self._number(label, answer) for name, label in self.labels.items()}
         return Verdict(_mean([_fraction(value, self.scale) for value in parts.values()]), parts)
 
-    def _number(self, label: str, lines: Sequence[str]) -> float:
+    def _number(self, label: str, answer: str) -> float:
         low, high = (re.escape(f"{bound:g}") for bound in self.scale)
         form = re.compile(
             rf"(?:[-•] )?{re.escape(label)}(?: ?\({low} ?(?:-|–|to) ?{high}\))? ?[:=] ?"
             rf"({_NUMBER})(?: ?(?:/|out of) ?{high})?\.?",
             re.IGNORECASE,
         )
-        found = {float(match[1]) for line in lines if (match := form.fullmatch(line))}
-        return _only(found, f"a line '{label}: <number>'", self.scale)
+        found = {float(match[1]) for line in _lines(answer) if (match := form.fullmatch(line))}
+        return _only(found, f"a line '{label}: <number>'", self.scale, answer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +124,10 @@ class Choice:
 
     def __call__(self, reply: Reply) -> Verdict:
         """The one side that is named."""
-        lines = _lines(answer_of(reply.text, self.tag))
-        found = {side for line in lines if (side := _side(line, self.first, self.second, self.tie)) is not None}
-        return Verdict(_only(found, f"a line such as {self.first[0]!r} or {self.second[0]!r}", (0, 1)))
+        answer = answer_of(reply.text, self.tag)
+        sides = [_side(line, self.first, self.second, self.tie) for line in _lines(answer)]
+        found = {side for side in sides if side is not None}
+        return Verdict(_only(found, f"a line such as {self.first[0]!r} or {self.second[0]!r}", (0, 1), answer))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +190,7 @@ class Numbers:
         if not isinstance(found, list) or len(found) != len(self.names) or not all(map(is_number, found)):
             raise Unreadable(f'"{self.key}" is {_short(found)}; expected a list of {len(self.names)} numbers')
         parts = {
-            name: _only({float(number)}, f'"{self.key}"', self.scale)
+            name: _within(float(number), f'"{self.key}"', self.scale)
             for name, number in zip(self.names, found, strict=True)
         }
         fractions = [_fraction(value, self.scale) for value in parts.values()]
@@ -215,11 +216,12 @@ class Pattern:
 
     def __call__(self, reply: Reply) -> Verdict:
         """The number as the part `score`."""
-        said = [match[1] for match in re.finditer(self.pattern, answer_of(reply.text, self.tag), re.MULTILINE)]
+        answer = answer_of(reply.text, self.tag)
+        said = [match[1] for match in re.finditer(self.pattern, answer, re.MULTILINE)]
         broken = [each for each in said if re.fullmatch(_NUMBER, each or "") is None]
         if broken:
             raise Unreadable(f"the pattern finds {_short(broken[0])}, which is no number")
-        value = _only({float(each) for each in said}, f"what the pattern {self.pattern!r} finds", self.scale)
+        value = _only({float(each) for each in said}, f"what the pattern {self.pattern!r} finds", self.scale, answer)
         return Verdict(_fraction(value, self.scale), {"score": value})
 
 
@@ -273,7 +275,7 @@ class Levels:
             if _plain(step.token) in self.levels and _plain(said) in self.after:
                 return step
             said += step.token
-        raise Unreadable(f"the answer is none of {', '.join(self.levels)}")
+        raise Unreadable(f"the answer is none of {', '.join(self.levels)}; {_ending(said)}")
 
 
 PARSERS: dict[str, type[Any]] = {
@@ -300,7 +302,7 @@ def answer_of(text: str, tag: str | None = None) -> str:
         return answer
     blocks = answer.split(f"<{tag}>")
     if len(blocks) != 2 or blocks[1].count(f"</{tag}>") != 1:
-        raise Unreadable(f"expected one <{tag}>...</{tag}>")
+        raise Unreadable(f"expected one <{tag}>...</{tag}>; {_ending(answer)}")
     return blocks[1].partition(f"</{tag}>")[0]
 
 
@@ -333,7 +335,7 @@ def _object(text: str) -> dict[str, Any]:
     body = fences[0] if fences else text
     start, end = body.find("{"), body.rfind("}")
     if start < 0 or end < start:
-        raise Unreadable("it has no JSON object")
+        raise Unreadable(f"it has no JSON object; {_ending(text)}")
     plain = re.sub(r",(\s*[}\]])", r"\1", body[start : end + 1])
     try:
         found = json.loads(plain, parse_constant=_no_constant, object_pairs_hook=_no_doubles)
@@ -354,13 +356,16 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _only(found: set[float], what: str, scale: tuple[float, float]) -> float:
-    """The one value that was found, within its scale."""
+def _only(found: set[float], what: str, scale: tuple[float, float], answer: str) -> float:
+    """The one value that was found in an answer, within its scale."""
     if len(found) != 1:
         values = [f"{value:g}" for value in sorted(found)[:4]]
-        told = f"says {' and '.join(values[:3])}{' and more' * (len(values) > 3)}" if found else "is not there"
-        raise Unreadable(f"expected {what}, once: it {told}")
-    value = next(iter(found))
+        several = f"says {' and '.join(values[:3])}{' and more' * (len(values) > 3)}"
+        raise Unreadable(f"expected {what}, once: it {several if found else f'is not there; {_ending(answer)}'}")
+    return _within(next(iter(found)), what, scale)
+
+
+def _within(value: float, what: str, scale: tuple[float, float]) -> float:
     if not scale[0] <= value <= scale[1]:
         raise Unreadable(f"{what} says {value:g}, which is not between {scale[0]:g} and {scale[1]:g}")
     return value
@@ -372,6 +377,13 @@ def _fraction(value: float, scale: tuple[float, float]) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _ending(text: str) -> str:
+    """What an answer says in the end, where verdicts stand."""
+    lines = text.split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), None)
+    return "the answer is empty" if last is None else f"the answer ends in {_short(last)}"
 
 
 def _short(value: object) -> str:

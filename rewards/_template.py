@@ -9,13 +9,13 @@ Words in braces are put in as they are, the prompt last, so that braces in a pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from rewards._answers import PARSERS, Levels, Parser
-from rewards.functions import check_options, nearest
+from rewards.functions import nearest
 from rewards.types import MediaKind, RewardError
 
 FOLDER = Path(__file__).parent / "templates"
@@ -55,6 +55,9 @@ class Template:
 
 KEYS = (*(field.name for field in fields(Template)), "options")
 
+OF_THE_PARSER = ("options", "max_tokens")
+"""Keys that mean nothing to another parser: its options, and how long the answer is that it reads."""
+
 
 def modes(reward: str) -> list[str]:
     """The templates that a reward comes with."""
@@ -64,15 +67,19 @@ def modes(reward: str) -> list[str]:
 def read_template(reward: str, mode: str, path: str | None = None) -> Template:
     """The template of a mode; the keys that a file of yours has replace its own.
 
-    A file that does not end in .yaml or .yml is the text of the question, which is shown as it is: without labels.
+    Where it names another parser, those `OF_THE_PARSER` are not inherited. A file that does not end in .yaml or .yml is
+    the text of the question, which is shown as it is: without labels.
     """
     known = modes(reward)
     if mode not in known:
         raise RewardError(f"{reward}: mode is {mode!r}{nearest(str(mode), known)}; expected one of {', '.join(known)}")
     own = FOLDER / reward / f"{mode}.yaml"
-    given = _mapping(own) | ({} if path is None else _read(Path(path).expanduser()))
+    inherited, replacing = _mapping(own), {} if path is None else _read(Path(path).expanduser())
+    if replacing.get("parser", inherited["parser"]) != inherited["parser"]:
+        inherited = {key: value for key, value in inherited.items() if key not in OF_THE_PARSER}
+    given = inherited | replacing
     try:
-        check_options(f"the template of {reward!r}", given, KEYS)
+        _check_keys("a template has no key", given, KEYS)
         return _made(given)
     except RewardError as error:
         raise RewardError(f"{reward}: template {path or own.name}: {error}") from error
@@ -121,15 +128,24 @@ def _made(given: Mapping[str, Any]) -> Template:
 
 
 def _parser(name: Any, options: Any) -> Parser:
-    _check(name in PARSERS, "parser", name, f"one of {', '.join(PARSERS)}")
+    _check(isinstance(name, str) and name in PARSERS, "parser", name, f"one of {', '.join(PARSERS)}")
     _check(isinstance(options, Mapping), "options", options, "the parser's options by name")
     form = PARSERS[name]
-    check_options(name, options, [field.name for field in fields(form)])
+    _check_keys(f"parser {name!r} has no option", options, [field.name for field in fields(form)])
+    missing = [field.name for field in fields(form) if field.default is MISSING and field.name not in options]
+    if missing:
+        raise RewardError(f"parser {name!r} is missing its option{'s' * (len(missing) > 1)} {' and '.join(missing)}")
     try:
         parser: Parser = form(**options)
-    except TypeError as error:  # an option is missing
-        raise RewardError(f"options of {name}: {error}") from error
+    except RewardError as error:
+        raise RewardError(f"parser {name!r}: {error}") from error
     return parser
+
+
+def _check_keys(wrong: str, given: Mapping[Any, Any], known: Sequence[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise RewardError(f"{wrong} {key!r}{nearest(str(key), known)}. It has: {', '.join(known)}.")
 
 
 def _range(bounds: Any) -> tuple[float, float]:

@@ -8,7 +8,7 @@
 
 Written scores are mostly whole numbers, so that a group's are often equal and teach nothing; the first two modes and
 pairs are finer. A template of your own (`template: ./mine.yaml`) replaces words, parser or both: see the files in
-rewards/templates, and rewards/_template.py for their keys.
+rewards/templates, and docs/judges.md for their keys.
 
 The judge is a server with OpenAI's API (`url: http://host:8000/v1`, with `model` its name there) or a local model
 (`model` alone: folder or hub id). Both are asked greedily. An answer that cannot be read, a refusal, one that is cut

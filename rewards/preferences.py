@@ -47,6 +47,7 @@ __all__ = ["FORMATS", "Item", "Medium", "Preference", "Preferences", "Ranking", 
 PAIRS = "pairs.jsonl"
 _TABLES = (".parquet", ".arrow")
 _DIMS = ("Overall", "VQ", "MQ", "TA")
+_IMAGES = "`images` (of the command: --images FOLDER)"
 
 
 # ------------------------------------------------------------------------------------------------ records
@@ -217,12 +218,12 @@ class _Reader:
         if not path.is_relative_to(top):
             raise RewardError(
                 f'{place}: "{key}" names {_short(name)}, which lies outside of {root}. '
-                "Copy it there, or give the folder that holds it with `images`."
+                f"Copy it there, or give the folder that holds it with {_IMAGES}."
             )
         if not path.exists():
             raise RewardError(
                 f'{place}: "{key}" names {_short(name)}, which does not exist below {root}. '
-                "Put it there, or give its folder with `images`."
+                f"Put it there, or give its folder with {_IMAGES}."
             )
         return _File(path, self.fps)
 
@@ -238,8 +239,25 @@ def _recognise(source: Path) -> str:
     for format, needed in _SIGNS:
         if needed <= keys:
             return format
-    has = f"has the keys {', '.join(sorted(keys))}" if keys else "is no .jsonl, .json, .csv, .parquet or .arrow file"
-    raise RewardError(f"{file} {has}; give its format: one of {', '.join(FORMATS)}")
+    mend = f"give its format: one of {', '.join(FORMATS)} (of the command: --format NAME)"
+    raise RewardError(f"{file} {_unknown(file, keys)}; {mend}")
+
+
+def _unknown(file: Path, keys: set[str]) -> str:
+    """Why no format is recognised, by the keys of the first row."""
+    if file.is_dir():
+        return f"is a folder without {PAIRS}, .jsonl, .parquet or .arrow files"
+    if file.suffix not in (".jsonl", ".json", ".csv", *_TABLES):
+        return "is no .jsonl, .json, .csv, .parquet or .arrow file"
+    if not keys:
+        return "has no row with keys"
+    has = f"has the keys {', '.join(sorted(keys))}"
+    nearly = [(format, needed) for format, needed in _SIGNS if len(needed - keys) == 1 and needed & keys]
+    if not nearly:
+        return has
+    format, needed = max(nearly, key=lambda sign: len(sign[1] & keys))
+    (missing,) = needed - keys
+    return f'{has}, and "{missing}" is missing{nearest(missing, sorted(keys - needed))} for the format {format}'
 
 
 _SIGNS = (
@@ -256,6 +274,8 @@ _SIGNS = (
 
 
 def _first_keys(file: Path) -> set[str]:
+    if file.suffix in (".jsonl", ".json", ".csv") and not _read_text(file).strip():
+        raise RewardError(f"{file} is empty")
     if file.suffix == ".jsonl":
         return set(next(iter(_jsonl(file)), ("", {}))[1])
     if file.suffix == ".json":
@@ -617,14 +637,17 @@ def _name(place: str, row: Mapping[str, Any], key: str) -> str | None:
 def _list(place: str, row: Mapping[str, Any], key: str) -> list[Any]:
     value = _need(place, row, key)
     if not isinstance(value, list) or len(value) < 2:
-        raise RewardError(f'{place}: "{key}" is {_short(value)}; expected a list of two or more')
+        raise RewardError(f'{place}: "{key}" is {_short(value)}; expected a list of two or more items')
     return value
 
 
 def _ranks(place: str, row: Mapping[str, Any], key: str, count: int) -> tuple[float, ...]:
-    value = _list(place, row, key)
-    if len(value) != count or not all(map(_is_number, value)):
-        raise RewardError(f'{place}: "{key}" is {_short(value)}; expected {count} numbers, one an item, 1 for the best')
+    value = _need(place, row, key)
+    if not isinstance(value, list) or len(value) != count or not all(map(_is_number, value)):
+        raise RewardError(
+            f'{place}: "{key}" is {_short(value)}; expected {count} numbers, one for each of the {count} items, '
+            "where a lower one is better"
+        )
     return tuple(float(rank) for rank in value)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rewards.functions import check_options, from_function, nearest
+from rewards.functions import check_options, from_function, label, nearest
 from rewards.types import Reward, RewardError, is_declared
 
 ENTRY_POINTS = "flowrl.rewards"
@@ -42,7 +42,7 @@ def build(use: Any, options: Mapping[str, Any] | None = None) -> Reward:
     target = resolve(use) if isinstance(use, str) else use
     options = dict(options or {})
     if inspect.isclass(target):
-        return _construct(target, options)
+        return _construct(target, options, use if isinstance(use, str) else target.__name__)
     if callable(getattr(target, "score", None)):
         if options:
             raise RewardError(
@@ -52,7 +52,10 @@ def build(use: Any, options: Mapping[str, Any] | None = None) -> Reward:
         return ready
     if callable(target):
         return from_function(target, options)
-    raise RewardError(f"{use!r} is a {type(target).__name__}; a reward is a function or has a method score(samples)")
+    raise RewardError(
+        f"{use!r} is a {type(target).__name__}; a reward is a function or has a method score(samples)"
+        f"{_judges_pairs(target, label(target))}"
+    )
 
 
 def resolve(name: str) -> Any:
@@ -124,6 +127,11 @@ def _address(url: str) -> type:
 
 def _entry_point(name: str) -> Any:
     points = list(importlib.metadata.entry_points(group=ENTRY_POINTS, name=name))
+    if not points and name.startswith("verifiers."):
+        raise RewardError(
+            f"no reward {name!r}: verifiers judge text, what a model has written, and rewards judge pictures and "
+            "videos. `rewards.verifiers` runs them, see docs/verifiers.md"
+        )
     if not points:
         known = available()
         raise RewardError(
@@ -172,11 +180,18 @@ def _attribute(module: ModuleType, attribute: str, name: str) -> Any:
         return getattr(module, attribute)
     if not attribute and len(rewards) == 1:
         return next(iter(rewards.values()))
-    what = f"has no {attribute!r}{nearest(attribute, rewards)}" if attribute else "needs :attribute"
-    raise RewardError(f"reward {name!r}: the module {what}. It offers: {', '.join(rewards) or 'no reward'}.")
+    known = _defined(module)
+    what = f"has no {attribute!r}{nearest(attribute, known)}" if attribute else "needs :attribute"
+    raise RewardError(f"reward {name!r}: the module {what}. It has: {', '.join(known) or 'no function and no class'}.")
 
 
-def _construct(cls: type, options: Mapping[str, Any]) -> Reward:
+def _defined(module: ModuleType) -> list[str]:
+    """The public functions and classes of a module itself: what may be asked for by its name, marked or not."""
+    own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
+    return [key for key, value in own.items() if not key.startswith("_") and callable(value)]
+
+
+def _construct(cls: type, options: Mapping[str, Any], name: str) -> Reward:
     """An instance of a reward class, with its options checked by name."""
     parameters = list(inspect.signature(cls).parameters.values())
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -187,6 +202,15 @@ def _construct(cls: type, options: Mapping[str, Any]) -> Reward:
         raise RewardError(f"reward {cls.__name__!r} needs the option{'s' * (len(missing) > 1)} {', '.join(missing)}")
     instance = cls(**options)
     if not callable(getattr(instance, "score", None)):
-        raise RewardError(f"class {cls.__name__!r} has no method score(samples), so it is not a reward")
+        raise RewardError(
+            f"class {cls.__name__!r} has no method score(samples), so it is not a reward{_judges_pairs(instance, name)}"
+        )
     reward: Reward = instance
     return reward
+
+
+def _judges_pairs(target: object, name: str) -> str:
+    """What a judge of two samples is for, where `target` is one and was taken for a reward; else nothing."""
+    if not callable(getattr(target, "prefers", None)):
+        return ""
+    return f". It has prefers(first, second): it is a judge for `pairs`. Mend: {{use: pairs, judge: {name!r}}}"

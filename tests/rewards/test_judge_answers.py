@@ -3,12 +3,15 @@
 import json
 import math
 import time
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from rewards import RewardError
 from rewards._answers import (
     MOST_CHARACTERS,
+    PARSERS,
     Choice,
     Levels,
     Numbers,
@@ -20,7 +23,7 @@ from rewards._answers import (
     Winner,
     answer_of,
 )
-from rewards._template import modes, read_template
+from rewards._template import KEYS, modes, read_template
 
 POINT = read_template("unifiedreward", "point_v1").parser
 ASPECTS = read_template("unifiedreward", "point_v2").parser
@@ -119,6 +122,13 @@ def test_the_reason_says_what_was_expected_and_what_is_there():
     many = "\n".join(f"Final Score: {number}" for number in range(3000))
     unreadable(POINT, many, "it says 0 and 1 and 2 and more$")
     unreadable(POINT, "Final Score: 9", "says 9, which is not between 1 and 5")
+
+
+@pytest.mark.parametrize("parser", [POINT, PAIR, THINK, FLEX, EDIT, Pattern(pattern=r"RATING = (\d)", scale=(0, 9))])
+def test_where_nothing_is_found_the_last_line_is_quoted(parser):
+    unreadable(parser, "It is fine.\n\n  I would say four.  \n \n", "; the answer ends in 'I would say four.'$")
+    unreadable(parser, "It is fine.\n" + "x" * 1000, "; the answer ends in 'x{76}\\.\\.\\.$")
+    unreadable(parser, " \n", "; the answer is empty$")
 
 
 def test_aspects_are_all_needed_and_their_mean_is_the_score():
@@ -335,7 +345,8 @@ def test_the_word_may_stand_where_the_template_says():
 @pytest.mark.parametrize("text", ["I cannot", "Maybe", "There is no doubt: Yes", "Nothing", ""])
 def test_another_answer_has_no_expectation(text):
     steps = tuple(step(token, **{token: 0.5, "Yes": 0.3}) for token in text.split())
-    with pytest.raises(Unreadable, match="the answer is none of yes, no"):
+    told = f"ends in '{''.join(text.split())}'" if text else "is empty"
+    with pytest.raises(Unreadable, match=f"the answer is none of yes, no; the answer {told}$"):
         YES_NO(Reply(text, steps=steps))
 
 
@@ -407,6 +418,16 @@ def test_without_tags_and_thinking_it_is_the_text():
 def test_options_that_cannot_be_meant_are_refused(make, reason):
     with pytest.raises(RewardError, match=reason):
         make()
+
+
+def test_the_page_about_judges_names_all_there_is():
+    page = (Path(__file__).parents[2] / "docs" / "judges.md").read_text(encoding="utf-8")
+    rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}
+    assert set(KEYS) <= set(rows), "keys of a template"
+    for name, form in PARSERS.items():
+        assert not [option.name for option in fields(form) if f"`{option.name}" not in rows[name]], name
+    for mode in (mode for reward in ("judge", "unifiedreward", "deqa") for mode in modes(reward)):
+        assert f"`{mode}`" in page, mode
 
 
 @pytest.mark.parametrize("reward", ["judge", "unifiedreward", "deqa"])

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from rewards import RewardContractError, RewardError, RewardHub, Sample, build, traits_of
+from rewards._answers import ScoreLines
 from rewards._chat import read_completion
 from rewards._template import modes, read_template
 from rewards.media import from_pil, to_pil
@@ -639,11 +640,14 @@ def test_a_text_file_replaces_the_words_alone(tmp_path):
     [
         ("user: [a]", "user is \\['a'\\]; expected text"),
         ("user: ' '", "expected the question"),
-        ("usr: x", "has no option 'usr' \\(did you mean 'user'"),
-        ("parser: scors", "parser is 'scors'; expected one of scores, choice"),
-        ("options: {levls: {a: 1}}", "has no option 'levls'"),
-        ("options: {}", "missing.*levels"),
-        ("options: {levels: {Yes: 1, No: 0}}", "put them in quotes"),
+        ("usr: x", "mine.yaml: a template has no key 'usr' \\(did you mean 'user'.*It has: user, parser"),
+        ("1: x", "a template has no key 1|expected keys with values"),
+        ("parser: scors", "mine.yaml: parser is 'scors'; expected one of scores, choice"),
+        ("parser: [scores]", "parser is \\['scores'\\]"),
+        ("parser: scores", "mine.yaml: parser 'scores' is missing its options labels and scale"),
+        ("options: {levls: {a: 1}}", "mine.yaml: parser 'levels' has no option 'levls'.*It has: levels, after"),
+        ("options: {}", "parser 'levels' is missing its option levels$"),
+        ("options: {levels: {Yes: 1, No: 0}}", "parser 'levels': levels is .* put them in quotes"),
         ("range: [1, 0]", "range is \\[1, 0\\]"),
         ("range: 1", "range is 1"),
         ("media: image", "media is 'image'"),
@@ -661,7 +665,23 @@ def test_a_broken_template_says_where(tmp_path, text, reason):
     path.write_text(text)
     with pytest.raises(RewardError, match=reason) as caught:
         build("judge", {"template": str(path)})
-    assert "mine.yaml" in str(caught.value) or "template" in str(caught.value)
+    assert "mine.yaml" in str(caught.value) and "reward '" not in str(caught.value)
+
+
+def test_another_parser_does_not_inherit_what_belongs_to_the_modes(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("parser: scores\noptions: {labels: {score: Score}, scale: [0, 10]}\n")
+    mine = read_template("judge", "yes_prob", str(path))
+    assert mine.parser == ScoreLines(labels={"score": "Score"}, scale=(0, 10)) and mine.max_tokens == 512
+    assert mine.user == read_template("judge", "yes_prob").user
+
+
+def test_the_same_parser_inherits_its_options_and_length(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("parser: levels\nuser: '{prompt}?'\n")
+    mine, modes_own = read_template("judge", "yes_prob", str(path)), read_template("judge", "yes_prob")
+    assert mine.parser == modes_own.parser and mine.max_tokens == modes_own.max_tokens == 1
+    assert mine.user == "{prompt}?"
 
 
 def test_options_are_checked_when_the_config_is_read(tmp_path):

@@ -54,8 +54,13 @@ def test_every_available_name_resolves():
         ("pixel", "'pixel' has several rewards: pixel.brightness, pixel.contrast"),
         ("pixel.to_pil", "no reward 'pixel.to_pil'"),
         ("hub", "no reward 'hub'"),
+        (
+            "verifiers.math",
+            r"no reward 'verifiers.math': verifiers judge text.*`rewards\.verifiers`.*docs/verifiers\.md",
+        ),
+        ("verifiers.mth", "verifiers judge text"),
         ("nowhere.module:thing", "cannot import 'nowhere.module'.*A file is given as ./file.py:attribute"),
-        ("rewards.pixel:brightnes", "the module has no 'brightnes' .did you mean 'brightness'.*It offers: brightness"),
+        ("rewards.pixel:brightnes", "the module has no 'brightnes' .did you mean 'brightness'.*It has: .*brightness"),
         ("./nowhere.py:thing", r"file './nowhere.py' does not exist \(looked for /.*working directory"),
     ],
 )
@@ -81,6 +86,9 @@ class Scaled:
     def score(self, samples):
         return [self.scale * s.media.mean() for s in samples]
 """
+
+
+JUDGE = "class A:\n    def prefers(self, first, second): return 0.5\n"
 
 
 def test_a_users_own_rewards_py_is_usable_by_its_path(tmp_path, monkeypatch):
@@ -114,10 +122,14 @@ def test_a_changed_file_is_read_again(tmp_path):
     ("source", "attribute", "message"),
     [
         ("1 / 0", ":x", "fails when loaded: ZeroDivisionError"),
-        ("def bright(samples): ...", ":brigth", "has no 'brigth'.*It offers: no reward"),
-        (MINE + "\n@declare()\ndef third(samples): ...", "", "needs :attribute. It offers: Scaled, third"),
+        ("def bright(samples): ...\nx = 3", ":brigth", "has no 'brigth' .did you mean 'bright'.*It has: bright\\.$"),
+        ("x = 3\ndef _private(samples): ...", ":y", "has no 'y'. It has: no function and no class"),
+        (MINE, ":scaled", "did you mean 'Scaled'.*It has: bright, Scaled\\.$"),
+        (MINE + "\n@declare()\ndef third(samples): ...", "", "needs :attribute. It has: bright, Scaled, third\\.$"),
         ("x = 3", ":x", "is a int; a reward is a function or has a method score"),
-        ("class A: pass", ":A", "'A' has no method score"),
+        ("class A: pass", ":A", "'A' has no method score.samples., so it is not a reward$"),
+        (JUDGE, ":A", "has no method score.*a judge for `pairs`. Mend: {use: pairs, judge: '.*/mine.py:A'}$"),
+        (JUDGE + "a = A()", ":a", "is a A; a reward is .*a judge for `pairs`. Mend: {use: pairs, judge: 'A'}$"),
     ],
 )
 def test_a_broken_file_says_so(tmp_path, source, attribute, message):

@@ -109,14 +109,15 @@ GOOD = {"prompt": "p", "a": "a.png", "b": "b.png", "label": 1}
         (GOOD | {"lable": 1}, "unknown key \"lable\" .did you mean 'label'"),
         ({"promt": "p"}, "unknown key \"promt\" .did you mean 'prompt'"),
         ({"a": "a.png", "b": "b.png", "label": 1}, 'the key "prompt" is missing'),
-        (GOOD | {"a": "nowhere.png"}, "data.jsonl:2: \"a\" names 'nowhere.png', which does not exist below"),
-        (GOOD | {"a": "../../etc/passwd"}, '"a" names .*outside of'),
+        (GOOD | {"a": "nowhere.png"}, "data.jsonl:2: \"a\" names 'nowhere.png', which does not exist below.*--images"),
+        (GOOD | {"a": "../../etc/passwd"}, '"a" names .*outside of.*--images'),
         (GOOD | {"a": 3}, '"a" is 3; expected the name of a file'),
         (GOOD | {"meta": 3}, '"meta" is 3; expected an object'),
         (GOOD | {"category": 3}, '"category" is 3; expected a name'),
         (GOOD | {"model_a": 3}, 'the model of "a" is 3'),
-        ({"prompt": "p", "items": ["a.png"], "rank": [1]}, '"items" .*expected a list of two or more'),
-        ({"prompt": "p", "items": ["a.png", "b.png"], "rank": [1]}, '"rank" is'),
+        ({"prompt": "p", "items": ["a.png"], "rank": [1]}, '"items" .*expected a list of two or more items'),
+        ({"prompt": "p", "items": ["a.png", "b.png"], "rank": [1]}, r'"rank" is \[1\]; expected 2 .* the 2 items'),
+        ({"prompt": "p", "items": ["a.png", "b.png"], "rank": 1}, '"rank" is 1; expected 2 numbers'),
         ({"prompt": "p", "items": ["a.png", "b.png"], "rank": [1, "2"]}, "expected 2 numbers"),
         ({"prompt": "p", "items": ["a.png", "b.png"], "rank": [1, 2], "models": ["x"]}, '"models" is .*2 items'),
         ([1], "expected an object, found"),
@@ -137,12 +138,52 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     with pytest.raises(RewardError, match=r"is no .jsonl.*give its format: one of native, store"):
         read_preferences(tmp_path / "a.txt")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RewardError, match="is a folder without pairs.jsonl.*give its format"):
+        read_preferences(tmp_path / "folder")
     with pytest.raises(RewardError, match="format 'hpdv'.*did you mean 'hpdv2'"):
         read_preferences(tmp_path / "a.txt", "hpdv")
     with pytest.raises(RewardError, match="images: there is no folder"):
         read_preferences(tmp_path / "a.jsonl", "native", images=tmp_path / "gone")
     with pytest.raises(RewardError, match="fps is 0"):
         read_preferences(tmp_path / "a.jsonl", "native", fps=0)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_an_empty_file_is_called_empty(tmp_path, name):
+    (tmp_path / name).write_text(" \n\n")
+    with pytest.raises(RewardError, match=f"{name} is empty$"):
+        read_preferences(tmp_path / name)
+
+
+def test_a_file_without_rows_says_so(tmp_path):
+    for file in (dumped(tmp_path / "a.json", []), lines(tmp_path / "a.jsonl", {})):
+        with pytest.raises(RewardError, match="has no row with keys; give its format"):
+            read_preferences(file)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"a": "a.png", "b": "b.png", "label": 1}, 'keys a, b, label, and "prompt" is missing for the format native;'),
+        (
+            {"promt": "p", "a": "a.png", "b": "b.png", "label": 1},
+            "\"prompt\" is missing .did you mean 'promt'.* for the format native",
+        ),
+        (
+            {"prompt": "p", "items": [], "ranks": []},
+            "\"rank\" is missing .did you mean 'ranks'.* for the format native",
+        ),
+        ({"prompt": "p", "chosen": "a.png"}, '"rejected" is missing for the format store'),
+        (
+            {"prompt": "p", "left": "a.png"},
+            r"has the keys left, prompt; give its format: one of native.*\(of the command: --format",
+        ),
+    ],
+)
+def test_a_row_that_is_nearly_of_a_format_is_told_what_is_missing(tmp_path, row, message):
+    with pytest.raises(RewardError, match=message):
+        read_preferences(lines(tmp_path / "data.jsonl", row))
 
 
 def test_a_link_out_of_the_folder_is_not_followed(pictures, tmp_path):

@@ -34,6 +34,8 @@ from flowrl.configfile import dump_yaml
 from flowrl.train import Trainer
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 BUDGET = 500
 CALLS = ("calls/rollout", "calls/train", "calls/reference")
 ASKED = {"budget": BUDGET, "seed": 0, "jobs": 1}

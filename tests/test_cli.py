@@ -16,6 +16,8 @@ from flowrl.configfile import dump_yaml
 from samplers import noise_source
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("train", "plan", "eval", "sample", "export", "doctor", "config", "shapes", "pairs", "reward")
 

@@ -17,6 +17,8 @@ from flowrl.costs import cost, describe, expected_cost
 from samplers import branch_at
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 P, K, T = len(runs.PROMPTS), runs.SAMPLES, 4
 N = P * K

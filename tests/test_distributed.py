@@ -19,6 +19,8 @@ from flowrl.types import Loss
 from rewards import RewardError
 from tests import runs, threaded
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 WIDE = {"clip_range": 0.5}
 METHODS = {

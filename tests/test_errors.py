@@ -12,6 +12,8 @@ from flowrl import checkpoint
 from flowrl.checkpoint import RunLock
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

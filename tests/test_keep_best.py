@@ -12,6 +12,8 @@ from flowrl.train import Trainer
 from tests import runs
 from tests.test_resume import assert_equal_folders
 
+pytestmark = pytest.mark.slow
+
 EVALUATED = 4
 """Samples of an evaluation of `runs.tree`."""
 SCORES = """

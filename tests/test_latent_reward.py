@@ -17,6 +17,8 @@ from flowrl.policy import Policy
 from flowrl.train_latent import Scored, better, fit, pair_accuracy, stored_pairs, train_latent
 from flowrl.types import Prompt, take
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [Prompt(id=i, text=text) for i, text in enumerate(["a cat", "two dogs", "a red house"])]
 GEOMETRY = Geometry(height=32, width=32)
 SHAPE = (4, 16, 16)

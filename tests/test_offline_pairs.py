@@ -14,6 +14,8 @@ from flowrl.train import Trainer
 from tests import runs
 from tests.test_resume import assert_equal_folders
 
+pytestmark = pytest.mark.slow
+
 DPO = {"name": "flow_dpo", "num_steps": 4, "draws_per_sample": 2, "beta": 100.0}
 PROMPTS = [*runs.PROMPTS, "a tree", "a boat"]
 

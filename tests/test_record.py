@@ -13,6 +13,8 @@ from flowrl.record import Recorder, _measured, free_memory
 from flowrl.types import take
 from tests import runs, threaded
 
+pytestmark = pytest.mark.slow
+
 GUARD = {"name": "grpo_guard", "num_steps": 4, "eta": 0.7, "clip_range": 1e-2, "adv_std": "group"}
 FLOW = {**runs.FLOW, "kl_coef": 0.0}
 BRANCH = {"name": "branch_grpo", "num_steps": 4, "splits": [0, 1], "split_noise": 1.5, "eta": 0.5, "clip_range": 1e-2}

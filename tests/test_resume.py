@@ -16,6 +16,8 @@ from flowrl.train import Interrupted, Trainer
 from rewards import RewardError
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 KINDS = {
     "lora, flow_grpo, kl, average": {

@@ -13,6 +13,8 @@ from rewards import RewardHub
 from rewards.pixel import jpeg_size
 from tests.rewards.makers import batch, flat
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 FAILING = str(ROOT / "configs" / "rewards" / "failing.py") + ":Failing"
 

@@ -17,6 +17,8 @@ from rewards import available
 from rewards.media import to_pil
 from tests.rewards.makers import noise, text
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def test_the_source_has_none_of_it(what):
     assert set(allowed) <= set(found), "an exception that is not needed any more"
 
 
+@cache
 def _code(path):
     """The source without comments and docstrings, line by line: what is said about pickle is no pickle."""
     text = path.read_text(encoding="utf-8")

@@ -17,6 +17,8 @@ from rewards.types import RewardError
 from samplers import all_steps, flow_sde, noise_source, rollout
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 PHASES = ("prompts", "plan", "collect", "score", "gather", "credit", "update")
 NAN = math.nan
 

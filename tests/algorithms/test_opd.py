@@ -18,6 +18,8 @@ from flowrl.types import Needs, Prompt
 from tests import runs
 from tests.algorithms.toy import ToyPolicy, collect, gradient, train
 
+pytestmark = pytest.mark.slow
+
 PLAIN = {"num_steps": 5, "teacher_guidance": 1.0}
 
 

@@ -33,6 +33,8 @@ from tests.rewards.faults import (
     wrong_type,
 )
 
+pytestmark = pytest.mark.slow
+
 SLACK = 0.3
 
 

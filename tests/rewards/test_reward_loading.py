@@ -13,6 +13,8 @@ from rewards.files import READING, Weights
 from tests.rewards.test_reward_conformance import own
 from tests.rewards.test_reward_vqascore import build_t5, build_vicuna
 
+pytestmark = pytest.mark.slow
+
 LOADED = ["pickscore", "blip.itm", "image_sim", "vqascore", "suder", "hpsv3", "videoreward", "imagereward", "geneval"]
 
 

@@ -21,6 +21,8 @@ from rewards.media import to_array, to_pil
 from rewards.ocr import OCR, _rapidocr, contain, levenshtein, ned, normalise, target_text
 from tests.rewards.makers import noise, text
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def hub():

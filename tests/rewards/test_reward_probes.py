@@ -20,6 +20,8 @@ from rewards.probes import ADVERSARIAL, EFFECT, PROBES, SENSITIVE, Probe, attack
 from tests.rewards.clips import photo
 from tests.rewards.makers import noise, text
 
+pytestmark = pytest.mark.slow
+
 SIZES = ((37, 50), (64, 64))
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 from rewards.serve import RewardServer
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*No verdict there.*")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*No verdict there.*")]
 
 SERVERS = []
 

@@ -30,6 +30,8 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 from rewards.serve import RewardServer, serve
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "a-token-of-more-than-thirty-two-characters"
 
 

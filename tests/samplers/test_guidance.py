@@ -7,6 +7,8 @@ from samplers import deterministic, flow_sde, linear_times, noise_source, reward
 from samplers import window as window_plan
 from tests.samplers.toys import ToyNet, gaussian_velocity
 
+pytestmark = pytest.mark.slow
+
 MEAN, STD = 2.0, 0.5
 STEPS = 1000
 

@@ -7,6 +7,8 @@ import pytest
 
 from rewards.verifiers import Answer, available, build
 
+pytestmark = pytest.mark.slow
+
 LONG = 30_000
 TEXTS = {
     "import": "__import__('os').system('touch owned')",

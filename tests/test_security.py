@@ -40,10 +40,13 @@ def test_the_source_has_none_of_it(what):
     assert set(allowed) <= set(found), "an exception that is not needed any more"
 
 
-@cache
 def _code(path):
     """The source without comments and docstrings, line by line: what is said about pickle is no pickle."""
-    text = path.read_text(encoding="utf-8")
+    return _stripped(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _stripped(text):
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):

@@ -158,7 +158,9 @@ def in_precision(model: Any, dtype: torch.dtype) -> Any:
     it too. The price is memory: the weights are fp32 for a moment. What a model keeps in fp32 stays so, and so do
     buffers that are made and not read, such as frequencies of rotary positions.
     """
-    kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+    plan = getattr(model, "_get_dtype_plan", None)  # private to transformers, which has no public name for it
+    names = plan(dtype) if plan else getattr(model, "_keep_in_fp32_modules", None) or ()
+    kept = [re.compile(pattern.replace("*", ".*")) for pattern in names]
     for name, weight in model.state_dict(keep_vars=True).items():
         if weight.is_floating_point() and not any(pattern.search(name) for pattern in kept):
             weight.data = weight.data.to(dtype)

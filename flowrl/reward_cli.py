@@ -213,12 +213,9 @@ def reward_table(
     if as_json:
         print(json.dumps([asdict(figure) for figure in figures], indent=2))
         return
-    table = Table("model", "benchmark", "split", "metric", "value", "ties", "source, note", box=None)
     for f in figures:
-        source = f"{f.source} {f.note}".rstrip()
-        cells = (f.model, f.benchmark, f.split, f.metric, f"{f.value:g}", f.ties, source)
-        table.add_row(*(Text(cell, overflow="fold") for cell in cells))
-    console.print(table)
+        _say(f.model, f"{f.value:g}  {f.benchmark} {f.split}: {f.metric}; {f.ties}", head=True)
+        _say("source", f"{f.source} {f.note}".rstrip())
 
 
 # ------------------------------------------------------------------------------------------------ parts of it

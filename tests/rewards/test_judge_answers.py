@@ -378,9 +378,9 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_is_settled_in_no_time(name):
     for parser in (POINT, ASPECTS, PAIR, THINK, FLEX, EDIT):
-        start = time.perf_counter()
+        start = time.process_time()  # which a busy machine does not change
         unreadable(parser, HOSTILE[name])
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
 
 
 def test_a_book_is_not_read():

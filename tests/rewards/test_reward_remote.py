@@ -14,6 +14,7 @@ from rewards.media import to_pil
 from rewards.remote import Remote, to_wire
 from tests.rewards.faults import FaultServer, answer, closed_port, hang, reply, status, without_answer
 from tests.rewards.makers import batch, noise
+from tests.rewards.stopwatch import Stopwatch
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
@@ -221,9 +222,9 @@ def unless(bad, fault):
 def test_a_fault_costs_its_own_request_only_and_ends_before_the_deadline(name):
     with FaultServer(unless("prompt 3", without_answer()[name])) as bad:
         made = remote(f"{bad.url}/r", request_size=2, deadline=0.6, retries=50, max_reply_mb=1)
-        start = time.monotonic()
+        watch = Stopwatch()
         scores = made.score(batch(8))
-        seconds = time.monotonic() - start
+        seconds = watch.stop()
         made.unload()
     assert seconds < 0.6 + 0.3
     assert scores.value.isnan().tolist() == [False, False, True, True, False, False, False, False]
@@ -276,9 +277,9 @@ def test_null_and_large_numbers_in_an_answer():
 def test_more_requests_than_slots_share_one_deadline():
     with FaultServer(unless("prompt 0", without_answer()["hang"])) as bad:
         made = remote(f"{bad.url}/r", request_size=1, max_concurrency=1, deadline=0.5)
-        start = time.monotonic()
+        watch = Stopwatch()
         scores = made.score(batch(6))
-        assert time.monotonic() - start < 0.5 + 0.3
+        assert watch.stop() < 0.5 + 0.3
         assert scores.value.isnan().all()
         assert all(info["failed"] and info["error"] for info in scores.info)
 
@@ -295,9 +296,9 @@ def test_one_deadline_holds_for_a_call_of_the_hub(how):
         )
         with RewardHub(entry | options) as hub:
             hub.warmup([noise(1)])
-            start = time.monotonic()
+            watch = Stopwatch()
             result = hub(samples)
-            assert time.monotonic() - start < 0.5 + 0.3
+            assert watch.stop() < 0.5 + 0.3
     assert result.total.isnan().all()
     assert all(info["r"]["failed"] and info["r"]["error"] for info in result.info)
 
@@ -330,9 +331,9 @@ def test_a_picture_that_is_slow_to_read_holds_up_nobody_and_what_waits_behind_it
     samples = [noise(seed, meta={"reference": torch.zeros(3, 4, 4)}) for seed in range(4)]
     with FaultServer(answer(good)) as other:
         made = remote(f"{other.url}/r", request_size=1, max_concurrency=1, deadline=0.3)
-        start = time.monotonic()
+        watch = Stopwatch()
         scores = made.score(samples)
-        assert time.monotonic() - start < 0.3 + 0.3
+        assert watch.stop() < 0.3 + 0.3
         assert [info["error"] for info in scores.info] == ["no answer before the deadline of 0.3 s"] * 4
         disk.set()
         made._pool.shutdown(wait=True)
@@ -427,7 +428,7 @@ def test_copies_of_a_server_share_the_work_and_stand_in_for_each_other():
     with FaultServer(answer(good)) as one, FaultServer(unless("prompt 3", status(503))) as two:
         made = remote([f"{one.url}/r", f"{two.url}/r"], request_size=1)
         assert made.score(batch(12)).value.tolist() == list(range(12))
-        assert len(two.requests) > 2
+        assert len(one.requests) > 1 and len(two.requests) > 1, "both were asked, though not how often"
     with pytest.raises(RewardError, match="name different rewards: a, b"):
         Remote(["http://127.0.0.1:1/a", "http://127.0.0.1:1/b"])
 

@@ -296,7 +296,8 @@ class Scorer:
             raise RewardError(f"{failed} {mend}") from error
         if self.on_error == "raise":
             raise RewardError(f"{failed} `on_error: nan` leaves such a sample out of training instead.") from error
-        self._warn_once("error", f"{failed} No verdict there; further failures only show in nan_frac and info.")
+        where = "in `info` and in the share without a verdict"
+        self._warn_once("error", f"{failed} No verdict there; further failures only show {where}.")
         sheet.fail(rows, _told(error))
 
     def _shrink(self, size: int, error: Exception, splits: bool) -> None:
@@ -351,7 +352,8 @@ class NanWatch:
                 f"reward {self.name!r} gives no verdict on {fraction:.0%} of the samples ({self.average:.0%} on "
                 f"average), for {self.strikes} calls in a row. "
                 f"Last error: {errors[-1] if errors else 'none in this call'}. "
-                f"If it is meant for some of the prompts only, raise {self.key}."
+                "Mend what fails and go on from the last checkpoint; "
+                f"if it is meant for some of the prompts only, raise {self.key}."
             )
 
 

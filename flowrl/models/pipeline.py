@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flowrl import resolve as names
+from flowrl import tiny
 from flowrl.types import Model
 
 BUILT_IN = {"shapes": "flowrl.shapes"}
@@ -42,6 +43,8 @@ def resolve(path: str | Path) -> str:
     Example: resolve("shapes") is the folder of the built-in weights, resolve("owner/name") the hub id itself.
     """
     name = str(path)
+    if name.startswith(tiny.PREFIX):
+        return _tiny(name)
     folder = Path(str(importlib.resources.files(BUILT_IN[name]) / "weights")) if name in BUILT_IN else Path(name)
     folder = folder.expanduser()
     if (folder / INDEX).is_file():
@@ -59,6 +62,16 @@ def resolve(path: str | Path) -> str:
         f"model {name!r}: there is no such folder, and a hub id has the form owner/name. "
         f"Check the spelling; built-in models: {', '.join(BUILT_IN)}."
     )
+
+
+def _tiny(name: str) -> str:
+    wanted, known = name.removeprefix(tiny.PREFIX), tiny.names()
+    if wanted not in known:
+        raise ModelError(
+            f"model {name!r}: there is no such tiny pipeline{names.nearest(wanted, known)}. "
+            f"There are: {', '.join(tiny.PREFIX + each for each in known)}."
+        )
+    return str(tiny.folder(wanted))
 
 
 def families() -> dict[str, tuple[str, ...]]:

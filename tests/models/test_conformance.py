@@ -1,0 +1,195 @@
+"""Every tiny pipeline, of every family: what is trained is what diffusers samples. A new file in flowrl/tiny joins."""
+
+import inspect
+
+import pytest
+import torch
+
+import samplers
+from flowrl import tiny
+from flowrl.models import ModelError, load
+from flowrl.types import take
+from tests.models.tiny import euler
+
+pytestmark = pytest.mark.slow
+
+NAMES = sorted(tiny.names())
+GUIDANCE = 3.0
+KERNELS = ("flow_sde", "dance_sde", "wan_sde", "cps", "ddim")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def model(request):
+    """The family's tiny model; a test that changes it must load its own."""
+    return load(f"tiny/{request.param}")
+
+
+def prompts(model):
+    """As many prompts as the pipeline's call takes with sources."""
+    return ["a red cat"] if model.num_sources[1] else ["a red cat", "two dogs on a hill"]
+
+
+def sources(model, count):
+    """As many pictures a prompt as the family must have, or takes."""
+    torch.manual_seed(5)
+    most = max(model.num_sources[0], min(1, model.num_sources[1]))
+    return [tuple(torch.rand(3, model.height, model.width) for _ in range(most)) for _ in range(count)] if most else ()
+
+
+def noise(model, count, seed=0):
+    shape = model.noise_shape(model.height, model.width, model.frames)
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn_by_diffusers(model, texts, eps, guidance, output="latent", **changed):
+    """What the family's pipeline makes of this noise."""
+    from torchvision.transforms.functional import to_pil_image
+
+    pipe = model.pipe
+    call = inspect.signature(type(pipe).__call__).parameters
+    arguments = model.arguments(guidance=guidance, **changed)
+    if guidance > 1 and "negative_prompt" in call:
+        arguments["negative_prompt"] = [model.inference.get("negative_prompt") or model.empty_prompt] * len(texts)
+    if given := sources(model, len(texts)):
+        pictures = [[to_pil_image(picture) for picture in each] for each in given]
+        arguments["image"] = pictures[0] if len(pictures[0]) > 1 else pictures[0][0]
+    arguments = {name: value for name, value in arguments.items() if name in call}
+    with torch.no_grad():
+        return pipe(
+            prompt=texts, latents=model.pipeline_latents(eps), output_type=output, return_dict=False, **arguments
+        )[0]
+
+
+def sampled(model, texts, eps, guidance, num_steps):
+    cond = model.encode(texts, sources(model, len(texts)))
+    times = model.times(num_steps, model.height, model.width, model.frames)
+    x = model.start(eps, float(times[0]))
+    return euler(lambda x, t, c: model.velocity(x, t, c, guidance), x, times, cond)
+
+
+def allowed(model):
+    """Guidances that these weights take."""
+    try:
+        model.check_guidance(GUIDANCE)
+    except ModelError:
+        return [1.0]
+    return [1.0, GUIDANCE]
+
+
+def test_sampling_is_the_pipeline_s(model):
+    texts = prompts(model)
+    eps = noise(model, len(texts))
+    steps = model.inference["num_inference_steps"]
+    for guidance in allowed(model):
+        mine = model.pipeline_latents(sampled(model, texts, eps, guidance, steps))
+        theirs = drawn_by_diffusers(model, texts, eps, guidance)
+        assert mine.shape == theirs.shape
+        assert torch.allclose(mine, theirs.float(), atol=1e-5 * float(theirs.abs().max().clamp(min=1))), (
+            guidance, float((mine - theirs).abs().max()),
+        )  # fmt: skip
+
+
+def test_one_step_moves_as_the_pipeline_s(model):
+    texts = prompts(model)
+    eps = noise(model, len(texts), seed=1)
+    mine = model.pipeline_latents(sampled(model, texts, eps, 1.0, 1))
+    theirs = drawn_by_diffusers(model, texts, eps, 1.0, num_inference_steps=1)
+    assert not torch.allclose(mine, model.pipeline_latents(eps), atol=1e-2)  # it did move
+    assert torch.allclose(mine, theirs.float(), atol=1e-5 * float(theirs.abs().max().clamp(min=1)))
+
+
+def test_prompts_sources_and_guidance_count(model):
+    """Conditions reach the network: another prompt, another picture, another guidance give another velocity."""
+    texts = prompts(model)
+    eps, t = noise(model, len(texts)), torch.full((len(texts),), 0.6)
+    given = sources(model, len(texts))
+    base = model.velocity(eps, t, model.encode(texts, given))
+    assert base.shape == eps.shape and base.dtype == torch.float32 and base.isfinite().all()
+    assert not torch.allclose(base, model.velocity(eps, t, model.encode(["blue"] * len(texts), given)), atol=1e-6)
+    if given:
+        others = [tuple(1 - picture for picture in each) for each in given]
+        assert not torch.allclose(base, model.velocity(eps, t, model.encode(texts, others)), atol=1e-6)
+    if len(allowed(model)) > 1:
+        assert not torch.allclose(base, model.velocity(eps, t, model.encode(texts, given), GUIDANCE), atol=1e-6)
+
+
+def test_prompts_of_other_lengths_in_a_batch_change_nothing(model):
+    """A prompt's velocity does not depend on how long its neighbours are, whatever was padded."""
+    if model.num_sources[0]:
+        pytest.skip("its prompts come with a picture each")
+    texts = ["cat", "a rather long sentence of many words"]
+    eps, t = noise(model, 2), torch.tensor([0.3, 0.8])
+    for guidance in allowed(model):
+        together = model.velocity(eps, t, model.encode(texts), guidance)
+        for i, text in enumerate(texts):
+            alone = model.velocity(eps[i : i + 1], t[i : i + 1], model.encode([text]), guidance)
+            assert torch.allclose(together[i : i + 1], alone, atol=2e-5), float((together[i] - alone[0]).abs().max())
+
+
+def test_decoded_media_are_the_pipeline_s(model):
+    texts = prompts(model)
+    eps = noise(model, len(texts))
+    steps = model.inference["num_inference_steps"]
+    media = model.decode(sampled(model, texts, eps, 1.0, steps))
+    assert media.shape == (len(texts), model.frames, 3, model.height, model.width)
+    assert media.dtype == torch.float32 and 0 <= float(media.min()) and float(media.max()) <= 1
+    theirs = torch.as_tensor(drawn_by_diffusers(model, texts, eps, 1.0, output="pt"))
+    theirs = theirs if model.video else theirs.unsqueeze(1)
+    assert torch.allclose(media, theirs.float(), atol=2e-4), float((media - theirs).abs().max())
+
+
+def test_media_come_back_as_latents(model):
+    latents = model.encode_media(torch.rand(1, model.frames, 3, model.height, model.width))
+    assert latents.shape[1:] == model.noise_shape(model.height, model.width, model.frames)
+    assert latents.isfinite().all() and latents.dtype == torch.float32
+
+
+def test_sizes_that_cannot_be_are_refused_with_the_nearest(model):
+    with pytest.raises(ModelError, match="nearest"):
+        model.noise_shape(model.height + 1, model.width, model.frames)
+    with pytest.raises(ModelError, match="frames"):
+        model.noise_shape(model.height, model.width, 1 + 2 * model.temporal_factor - 1 if model.video else 2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_first_ratio_is_one(model, kernel):
+    """What was drawn has the same log-probability when it is evaluated again, one state at a time."""
+    texts, step = prompts(model), getattr(samplers, kernel)
+    cond = model.encode(texts, sources(model, len(texts)))
+    times = model.times(4, model.height, model.width, model.frames)
+    prompt = torch.arange(len(texts)).repeat_interleave(2)
+    root = torch.arange(len(prompt))
+    shape = model.noise_shape(model.height, model.width, model.frames)
+    source = samplers.noise_source(shape, seed=0, iteration=0, prompt=prompt, member=root % 2)
+    with torch.no_grad():
+        walked = samplers.rollout(
+            lambda x, t, i: model.velocity(x, t, take(cond, i)),
+            model.start(source(root, torch.zeros_like(root), -1), float(times[0])), samplers.all_steps(times), step,
+            eta=0.5, prompt=prompt, group=prompt, noise=source,
+        )  # fmt: skip
+        for edge in range(len(walked.t)):
+            one = walked.select(torch.tensor([edge]))
+            v = model.velocity(one.x, one.t, take(cond, one.prompt))
+            again = samplers.gaussian_logprob(one.x_next, step(one.x, v, one.t, one.t_next, 0.5))
+            assert abs(float(again - one.logprob)) <= 1e-5
+
+
+def test_gradient_checkpointing_changes_no_gradient(model):
+    found = []
+    for checkpointing in (False, True):
+        own = load(model.path)
+        own.trainable.requires_grad_(True).train(False)
+        if checkpointing:
+            own.enable_gradient_checkpointing()
+            own.trainable.train()
+        texts = prompts(own)
+        eps = noise(own, len(texts))
+        own.velocity(
+            eps, torch.full((len(texts),), 0.7), own.encode(texts, sources(own, len(texts)))
+        ).square().mean().backward()
+        found.append({n: p.grad for n, p in own.trainable.named_parameters() if p.grad is not None})
+    assert found[0] and found[0].keys() == found[1].keys()
+    largest = max(float(g.abs().max()) for g in found[0].values())
+    assert largest > 0
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], atol=1e-6 * max(1.0, largest)), name

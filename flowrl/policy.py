@@ -20,13 +20,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import Parameter
 
+from flowrl import tiny
 from flowrl.ema import EMA
 from flowrl.models.pipeline import BUILT_IN, INFERENCE, LORA_WEIGHTS, ModelError
 from flowrl.types import Cond, Model
@@ -81,6 +82,8 @@ class Policy:
         seed: int = 0,
     ) -> None:
         self.model, self.guidance = model, guidance
+        if hasattr(model, "check_guidance"):
+            model.check_guidance(guidance)
         self._largest_guidance = max(guidance, largest_guidance)
         self.lora = Lora.model_validate(lora) if lora is not None and not frozen else None
         self.calls: Counter[str] = Counter()
@@ -90,14 +93,16 @@ class Policy:
         # An engine may wrap `model.trainable` later; weights and adapters are reached through the module itself.
         self._module: Any = model.trainable
         self._module.requires_grad_(False)
-        shapes = _shapes(self._module)
-        if not frozen and getattr(self._module, "peft_config", None):
+        self._parts = parts_of(model, self._module)
+        shapes = {name: _shapes(part) for name, part in self._parts.items()}
+        if not frozen and _has_adapters(self._parts):
             raise ModelError(
                 "the model carries adapters already, which training would silently switch off or mix in. "
                 "Build the policy on the bare model, then load_weights(policy, folder)."
             )
         if self.lora is not None:
-            _add_lora(self._module, self.lora, getattr(model, "lora_targets", ()), seed)
+            for part in self._parts.values():
+                _add_lora(part, self.lora, getattr(model, "lora_targets", ()), seed)
         elif not frozen:
             self._module.requires_grad_(True)
         self._parameters: dict[str, Parameter] = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
@@ -256,10 +261,12 @@ class Policy:
         model: Any = self.model
         with self.averaged() if averaged else nullcontext():
             if self.lora is not None:
-                _save_lora(model.pipe, self._module, model.component, target)
+                for name, part in self._parts.items():
+                    _save_lora(model, name, part, target)
             else:
-                save_component(self._module, target / model.component)
-        call = model.arguments(**{"guidance_scale": self.guidance, **(inference or {})})
+                for name, part in self._parts.items():
+                    save_component(part, target / name)
+        call = model.arguments(guidance=self.guidance, **(inference or {}))
         (target / INFERENCE).write_text(json.dumps(call, indent=2) + "\n")
         # A model that no pipeline of diffusers can walk says itself how it is used.
         write = getattr(model, "readme", None) or functools.partial(_readme, model)
@@ -271,12 +278,14 @@ class Policy:
         if self._initial is not None:
             with self._instead(self._initial):
                 yield
-        elif getattr(self._module, "peft_config", None):
-            self._module.disable_adapters()
+        elif _has_adapters(self._parts):
+            for part in self._parts.values():
+                part.disable_adapters()
             try:
                 yield
             finally:
-                self._module.enable_adapters()
+                for part in self._parts.values():
+                    part.enable_adapters()
                 if not self._parameters:
                     self._module.requires_grad_(False)  # switching adapters on makes them learn
         elif self._parameters or self._overwritten:
@@ -300,15 +309,22 @@ class Policy:
             self.model.trainable = current
 
     def _load_teacher(
-        self, name: str, folder: Path, shapes: Mapping[str, torch.Size]
+        self, name: str, folder: Path, shapes: Mapping[str, Mapping[str, torch.Size]]
     ) -> tuple[torch.nn.Module, str | None]:
         """A module, and which of its adapters is the teacher (None: the module has none)."""
         model: Any = self.model
         if not _is_lora(folder):
-            return _load_copy(type(self._module), folder / model.component, model.dtype, shapes).to(self.device), None
+            copies = {
+                part: _load_copy(type(own), folder / part, model.dtype, shapes[part]).to(self.device)
+                for part, own in self._parts.items()
+            }
+            return (next(iter(copies.values())) if len(copies) == 1 else type(self._module)(copies)), None
         module: Any = self._module if self.lora is not None else self._initial
-        adapter = f"teacher_{len(getattr(module, 'peft_config', ()))}"
-        _load_adapter(module, model.component, folder / LORA_WEIGHTS, adapter)
+        parts = parts_of(model, module)
+        adapter = f"teacher_{max(len(getattr(part, 'peft_config', ())) for part in parts.values())}"
+        for part, own in parts.items():
+            file = lora_file(model, part)
+            _load_adapter(own, file.prefix, folder / file.name, adapter)
         self._activate(module, ADAPTER if self.lora is not None else None)
         return module, adapter
 
@@ -327,11 +343,12 @@ class Policy:
 
     def _activate(self, module: Any, adapter: str | None) -> None:
         """Lets one adapter of a module compute, or none of them; what learns stays as it is."""
-        if adapter is None:
-            module.disable_adapters()
-        else:
-            module.set_adapter(adapter)
-            module.enable_adapters()
+        for part in parts_of(self.model, module).values():
+            if adapter is None:
+                part.disable_adapters()
+            else:
+                part.set_adapter(adapter)
+                part.enable_adapters()
         # peft makes what it switches on learn, and freezes the rest.
         module.requires_grad_(False)
         for parameter in self._parameters.values():
@@ -376,26 +393,29 @@ def load_weights(target: Any, folder: str | Path) -> None:
     source = Path(folder).expanduser()
     model: Any = target.model if isinstance(target, Policy) else target
     pipe = getattr(model, "pipe", model)
-    component = getattr(model, "component", "transformer")
+    components = _components(model)
     lora = _is_lora(source)
-    if not lora and not (source / component).is_dir():
+    if not lora and not (source / components[0]).is_dir():
         raise ModelError(
-            f"weights {str(folder)!r}: neither {LORA_WEIGHTS} nor a folder {component}/ in it. "
+            f"weights {str(folder)!r}: neither {LORA_WEIGHTS} nor a folder {components[0]}/ in it. "
             "Give the folder that an export wrote, e.g. runs/<name>/weights."
         )
     if isinstance(target, Policy) and target.lora is not None:
         if not lora:
             raise ModelError(f"weights {str(folder)!r} are a full export, the policy trains LoRA: build it without.")
-        _load_lora_into(target, source / LORA_WEIGHTS)
+        _load_lora_into(target, source)
     elif lora:
         if isinstance(target, Policy) and target.trainable_parameters():
             raise ModelError(
                 f"weights {str(folder)!r} are LoRA, the policy trains all weights: build it with that lora."
             )
-        pipe.load_lora_weights(str(source), weight_name=LORA_WEIGHTS)
-        getattr(pipe, component).requires_grad_(False)
+        for component in components:
+            file = lora_file(model, component)
+            pipe.load_lora_weights(str(source), weight_name=file.name, **file.options)
+            getattr(pipe, component).requires_grad_(False)
     else:
-        _load_component(getattr(pipe, component), source / component)
+        for component in components:
+            _load_component(getattr(pipe, component), source / component)
         if isinstance(target, Policy):
             target._overwritten = True
     if isinstance(target, Policy):
@@ -420,16 +440,53 @@ def _add_lora(module: Any, lora: Lora, targets: Sequence[str], seed: int) -> Non
             raise ModelError(f"lora: {error}") from error
 
 
-def _save_lora(pipe: Any, module: Any, component: str, folder: Path) -> None:
+def parts_of(model: Any, module: Any) -> dict[str, Any]:
+    """The components in a model's trainable module, or in one that stands for it, by their names in the pipeline."""
+    names = _components(model)
+    return {names[0]: module} if len(names) == 1 else {name: module[name] for name in names}
+
+
+def _components(target: Any) -> tuple[str, ...]:
+    """The parts that learn, of a model, or of a bare pipeline, whose own `components` are all of its parts."""
+    if hasattr(target, "trainable"):
+        return tuple(getattr(target, "components", ("transformer",)))
+    known = ("transformer", "transformer_2", "unet")
+    return tuple(name for name in known if getattr(target, name, None) is not None)
+
+
+def _has_adapters(parts: Mapping[str, Any]) -> bool:
+    return any(getattr(part, "peft_config", None) for part in parts.values())
+
+
+class LoraFile(NamedTuple):
+    """Where the adapters of a component lie in an export, and how diffusers is told so."""
+
+    name: str
+    prefix: str
+    options: dict[str, Any]
+    """Arguments of `load_lora_weights` besides the name of the file."""
+
+
+def lora_file(model: Any, component: str) -> LoraFile:
+    """The file of a component's adapters: experts after the first have one each, with the first one's key names."""
+    first, *others = _components(model)
+    if component == first:
+        return LoraFile(LORA_WEIGHTS, first, {})
+    name = LORA_WEIGHTS.replace(".", f"_{others.index(component) + 2}.")
+    return LoraFile(name, first, {f"load_into_{component}": True})
+
+
+def _save_lora(model: Any, component: str, module: Any, folder: Path) -> None:
     """Adapters and their configuration, without which diffusers takes alpha to be the rank and loses the scale."""
     from peft.utils import get_peft_model_state_dict
 
-    pipe.save_lora_weights(
+    file = lora_file(model, component)
+    model.pipe.save_lora_weights(
         folder,
-        weight_name=LORA_WEIGHTS,
+        weight_name=file.name,
         **{
-            f"{component}_lora_layers": get_peft_model_state_dict(module, adapter_name=ADAPTER),
-            f"{component}_{_METADATA}": module.peft_config[ADAPTER].to_dict(),
+            f"{file.prefix}_lora_layers": get_peft_model_state_dict(module, adapter_name=ADAPTER),
+            f"{file.prefix}_{_METADATA}": module.peft_config[ADAPTER].to_dict(),
         },
     )
 
@@ -443,19 +500,24 @@ def save_component(module: Any, folder: Path) -> None:
     config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _load_lora_into(policy: Policy, file: Path) -> None:
+def _load_lora_into(policy: Policy, folder: Path) -> None:
     from safetensors import safe_open
 
-    prefix = f"{policy.model.component}."  # type: ignore[attr-defined]
-    with safe_open(str(file), framework="pt") as stored:
-        metadata = json.loads((stored.metadata() or {}).get(_METADATA, "{}"))
-        tensors = {key.removeprefix(prefix): stored.get_tensor(key) for key in stored.keys()}
-    alpha = metadata.get(f"{prefix}lora_alpha")
-    if policy.lora is not None and alpha is not None and alpha != policy.lora.alpha:
-        raise ModelError(
-            f"weights {str(file)!r} have lora alpha {alpha}, the policy {policy.lora.alpha}: make them equal."
-        )
-    policy._assign({_with_adapter(name): tensor for name, tensor in tensors.items()})
+    found: dict[str, Tensor] = {}
+    for component in policy._parts:
+        file = lora_file(policy.model, component)
+        prefix, place = f"{file.prefix}.", f"{component}." if len(policy._parts) > 1 else ""
+        with safe_open(str(folder / file.name), framework="pt") as stored:
+            metadata = json.loads((stored.metadata() or {}).get(_METADATA, "{}"))
+            for key in stored.keys():
+                found[place + _with_adapter(key.removeprefix(prefix))] = stored.get_tensor(key)
+        alpha = metadata.get(f"{prefix}lora_alpha")
+        if policy.lora is not None and alpha is not None and alpha != policy.lora.alpha:
+            raise ModelError(
+                f"weights {str(folder / file.name)!r} have lora alpha {alpha}, the policy {policy.lora.alpha}: "
+                "make them equal."
+            )
+    policy._assign(found)
 
 
 def _with_adapter(name: str) -> str:
@@ -517,8 +579,16 @@ def _check_teacher(source: Path, stored: Mapping[str, torch.Size], wanted: Mappi
         raise ModelError(f"teacher {str(source)!r} {_UNFIT} ({example})")
 
 
+_DRAW = 'pipe("your prompt", generator=torch.manual_seed(0), **settings)'
+_SHOW_IMAGE = (f'{_DRAW}.images[0].save("image.png")',)
+_SHOW_VIDEO = (
+    "from diffusers.utils import export_to_video",
+    f'export_to_video({_DRAW}.frames[0], "video.mp4")',
+)
+
+
 def _readme(model: Any, folder: str, lora: bool) -> str:
-    pipe, name, part = model.pipe, type(model.pipe).__name__, model.component
+    pipe, name, parts = model.pipe, type(model.pipe).__name__, model.components
     # diffusers reloads a pipeline that has no T5, say, only where it is told so.
     extra = "".join(
         f", {key}=None"
@@ -526,25 +596,32 @@ def _readme(model: Any, folder: str, lora: bool) -> str:
         if value is None and key not in pipe._optional_components
     )
     head, base = ["import json, torch"], f'"{model.path}"'
-    if model.path in BUILT_IN:  # a name that only flowrl can turn into a folder
+    if model.path in BUILT_IN or model.path.startswith(tiny.PREFIX):  # names that only flowrl can turn into a folder
         head.append("from flowrl.models import resolve")
         base = f"resolve({base})"
     if lora:
         body = [
             f"from diffusers import {name}",
             f"pipe = {name}.from_pretrained({base}, dtype={model.dtype}{extra})",
-            f'pipe.load_lora_weights("{folder}")',
         ]
+        for part in parts:
+            file = lora_file(model, part)
+            given = "".join(f", {key}={value}" for key, value in file.options.items())
+            body.append(f'pipe.load_lora_weights("{folder}", weight_name="{file.name}"{given})')
     else:
-        kind = type(getattr(pipe, part)).__name__
+        kinds = {part: type(getattr(pipe, part)).__name__ for part in parts}
+        given = ", ".join(f"{part}={part}" for part in parts)
         body = [
-            f"from diffusers import {kind}, {name}",
-            f'{part} = {kind}.from_pretrained("{folder}/{part}", dtype={model.dtype})',
-            f"pipe = {name}.from_pretrained({base}, {part}={part}, dtype={model.dtype}{extra})",
+            f"from diffusers import {', '.join(sorted({*kinds.values(), name}))}",
+            *(
+                f'{part} = {kind}.from_pretrained("{folder}/{part}", dtype={model.dtype})'
+                for part, kind in kinds.items()
+            ),
+            f"pipe = {name}.from_pretrained({base}, {given}, dtype={model.dtype}{extra})",
         ]
     tail = [
         f'settings = json.load(open("{folder}/{INFERENCE}"))  # guidance, size and steps of the training',
-        'pipe("your prompt", generator=torch.manual_seed(0), **settings).images[0].save("image.png")',
+        *(_SHOW_VIDEO if getattr(model, "video", False) else _SHOW_IMAGE),
     ]
     code = "\n".join([*head, *body, *tail])
     title = f"{'LoRA' if lora else 'Weights'} for {model.path}"

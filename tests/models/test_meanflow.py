@@ -53,7 +53,7 @@ def velocity(model, r=None, guidance=1.0):
 
 def test_it_is_a_model_that_is_chosen_by_name(two_times, folder):
     assert isinstance(two_times, Model) and two_times.solver == "average"
-    assert two_times.component == "transformer" and two_times.arguments()["num_inference_steps"] == 4
+    assert two_times.components == ("transformer",) and two_times.arguments()["num_inference_steps"] == 4
     assert "meanflow" not in families()
     assert torch.equal(two_times.times(4, 32, 32), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
     assert not any(p.requires_grad for p in two_times.trainable.parameters())

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from flowrl.policy import Policy
 from flowrl.record import Recorder
-from flowrl.types import T_NEXT, Algorithm, Batch, Cond, Prompt, take
+from flowrl.types import T_NEXT, Algorithm, Batch, Cond, Prompt, padded, take
 from rewards import RewardHub, Sample
+from rewards.folder import reference
 from samplers import Plan, Solver, Trajectory, Velocity, deterministic, noise_source, rollout, stable_seed
 
 Guidance = Callable[[Velocity, Cond], Velocity]
@@ -25,34 +26,40 @@ Guidance = Callable[[Velocity, Cond], Velocity]
 
 @dataclass(kw_only=True)
 class Conditions:
-    """Conditions by prompt text, encoded once: the text encoders are frozen, so they never change.
+    """Conditions by prompt and source pictures, encoded once: the encoders are frozen, so they never change.
 
-    Each text is encoded alone (`chunk`): in a batch the last bit would depend on its neighbours, and so on which texts
+    Each prompt is encoded alone (`chunk`): in a batch the last bit would depend on its neighbours, and so on which ones
     a resumed run has not seen yet. Kept on the CPU (a large model's take megabytes each), the `limit` used last; given
     out on `device`.
     """
 
-    encode: Callable[[Sequence[str]], Cond]
+    encode: Callable[..., Cond]
+    """encode(texts), or encode(texts, sources) where prompts have source pictures, to conditions [P, ...]."""
     device: torch.device | str = "cpu"
     chunk: int = 1
     limit: int = 4096
-    known: dict[str, Cond] = field(default_factory=dict)
+    known: dict[tuple[str, ...], Cond] = field(default_factory=dict)
 
-    def __call__(self, texts: Sequence[str]) -> Cond:
-        """Conditions [P, ...] of the texts."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+    def __call__(self, prompts: Sequence[Prompt | str]) -> Cond:
+        """Conditions [P, ...] of the prompts; where they differ in length, with zeros at the end of the shorter."""
+        keys = [(p,) if isinstance(p, str) else (p.text, *p.sources) for p in prompts]
+        new = [key for key in dict.fromkeys(keys) if key not in self.known]
         for start in range(0, len(new), self.chunk):
             part = new[start : start + self.chunk]
-            cond = self.encode(part)
-            self.known |= {
-                text: {name: tensor[i].cpu() for name, tensor in cond.items()} for i, text in enumerate(part)
-            }
-        rows = [self.known[text] for text in texts]
-        for text in dict.fromkeys(texts):
-            self.known[text] = self.known.pop(text)  # to the end: the first are those that were used longest ago
-        for text in list(self.known)[: -self.limit]:
-            del self.known[text]
-        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+            cond = self._encode(part)
+            self.known |= {key: {name: tensor[i].cpu() for name, tensor in cond.items()} for i, key in enumerate(part)}
+        rows = [self.known[key] for key in keys]
+        for key in dict.fromkeys(keys):
+            self.known[key] = self.known.pop(key)  # to the end: the first are those that were used longest ago
+        for key in list(self.known)[: -self.limit]:
+            del self.known[key]
+        return {name: padded([row[name].unsqueeze(0) for row in rows]).to(self.device) for name in rows[0]}
+
+    def _encode(self, keys: Sequence[tuple[str, ...]]) -> Cond:
+        texts = [text for text, *_ in keys]
+        if not any(paths for _, *paths in keys):
+            return self.encode(texts)
+        return self.encode(texts, [tuple(reference(path, "source") for path in paths) for _, *paths in keys])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +69,12 @@ class Geometry:
     height: int
     width: int
     frames: int = 1
+    fps: float | None = None
+    """Frames per second that the rewards of a video are told."""
     rollout_batch: int | None = None
     """Latents in one forward pass; None = all of one depth."""
+    store: str | None = None
+    """Where a rollout's states wait for the update; None = where they were made."""
     decode_batch: int | None = None
     """Media decoded at a time; the rewards get whole groups of about as many while the next are decoded; None = all."""
 
@@ -86,7 +97,7 @@ def roll_out(
     prompt, number = roots_of_prompts(plans, len(prompts), samples_per_prompt)
     slot = torch.tensor(list(slots), dtype=torch.long)[prompt]
     shape = policy.model.noise_shape(geometry.height, geometry.width, geometry.frames)
-    cond = conditions([p.text for p in prompts])
+    cond = conditions(prompts)
 
     def walk(plan: Plan, mine: Tensor) -> Trajectory:
         root = torch.arange(len(mine))
@@ -94,9 +105,9 @@ def roll_out(
             shape, seed=seed, iteration=iteration, prompt=slot[mine], member=number[mine] * width, device=policy.device
         )
         return rollout(
-            _velocity(policy, cond), noise(root, torch.zeros_like(root), -1), plan,
+            _velocity(policy, cond), _start(policy, noise(root, torch.zeros_like(root), -1), plan), plan,
             algorithm.kernel, eta=algorithm.eta, prompt=prompt[mine], group=slot[mine], noise=noise,
-            micro_batch=geometry.rollout_batch, keep_mean=algorithm.needs.means,
+            micro_batch=geometry.rollout_batch, store=geometry.store, keep_mean=algorithm.needs.means,
             stored_velocity=recorder and (lambda x, t, i: recorder(x, t, take(cond, i))),
         )  # fmt: skip
 
@@ -110,13 +121,20 @@ def roll_out(
     if given.any():
         rows = [prompts[p].metadata["stored"][n] for p, n in zip(prompt[given], number[given], strict=True)]
         latents = StoredSamples(policy=policy, geometry=geometry).latents(rows)
+        latents = latents.to(trajectory.x0.device)
         stored = Trajectory.finished(latents, group=slot[given], leaf_prompt=prompt[given])
         order = torch.cat([drawn, torch.nonzero(given).flatten()]).argsort()
-        trajectory = Trajectory.cat([trajectory, stored]).reorder_leaves(order.to(policy.device))
+        trajectory = Trajectory.cat([trajectory, stored]).reorder_leaves(order.to(latents.device))
     return Batch(
         prompts=list(prompts), cond=cond, trajectory=trajectory, leaf_prompt=trajectory.leaf_prompt, plans=tuple(plans),
         iteration=iteration, seed=seed, velocity=recorder and recorder.result(),
     )  # fmt: skip
+
+
+def _start(policy: Policy, noise: Tensor, plan: Plan) -> Tensor:
+    """The first states [N,*L]: noise, unless the model's grid begins where some of the picture is left."""
+    start = getattr(policy.model, "start", None)
+    return noise if start is None else start(noise, plan.times[0])
 
 
 def _velocity(policy: Policy, cond: Cond) -> Callable[..., Tensor]:
@@ -154,6 +172,23 @@ def check_stored(prompts: Sequence[Prompt], count: int) -> None:
             )
 
 
+def check_sources(model: Any, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts with fewer or more source pictures than the model takes (ValueError)."""
+    fewest, most = getattr(model, "num_sources", (0, 0))
+    for prompt in prompts:
+        if not fewest <= (found := len(prompt.sources)) <= most:
+            wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+            raise ValueError(
+                f"prompt {prompt.id} ({prompt.text!r}) has {found} source pictures, and {type(model).__name__} takes "
+                f"{wanted}. "
+                + (
+                    'Give data.prompts (and data.eval_prompts) as a .jsonl file: {"prompt": ..., "source": "a.png"}.'
+                    if found < fewest
+                    else "Leave `source` out, or train a model that edits pictures or begins with one."
+                )
+            )
+
+
 @dataclass(kw_only=True)
 class StoredSamples:
     """Samples from disk: each prompt's metadata names its own, under `stored`.
@@ -174,7 +209,7 @@ class StoredSamples:
         slot = torch.tensor(list(slots), dtype=torch.long)[prompt]
         trajectory = Trajectory.finished(self.latents(rows), group=slot, leaf_prompt=prompt)
         return Batch(
-            prompts=list(prompts), cond=conditions([p.text for p in prompts]), trajectory=trajectory,
+            prompts=list(prompts), cond=conditions(prompts), trajectory=trajectory,
             leaf_prompt=trajectory.leaf_prompt, iteration=iteration, seed=seed,
             rewards=torch.tensor([float(row["reward"]) for row in rows]).double(),
         )  # fmt: skip
@@ -273,7 +308,7 @@ def draw(
     shape = policy.model.noise_shape(geometry.height, geometry.width, geometry.frames)
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
-        cond = conditions([p.text for p in part])
+        cond = conditions(part)
         slot = torch.tensor(list(slots[start : start + batch]), dtype=torch.long)
         index = torch.arange(len(part))
         noise = noise_source(shape, seed=seed, iteration=iteration, prompt=slot, device=policy.device)
@@ -285,20 +320,25 @@ def draw(
             with nullcontext() if tuned else policy.reference(), policy.role("eval"):
                 return asked(x, t, *where)
 
-        x_init = noise(index, torch.zeros_like(index), -1)
+        x_init = _start(policy, noise(index, torch.zeros_like(index), -1), plan)
         yield rollout(guide(velocity, cond) if guide else velocity, x_init, plan, prompt=index, group=slot).x0
 
 
 @torch.no_grad()
 def decode(policy: Policy, x0: Tensor, batch: int | None) -> Tensor:
     """Media [B,F,3,H,W] in [0,1] on the CPU, decoded in portions."""
-    return torch.cat([policy.model.decode(part).clamp(0, 1).float().cpu() for part in x0.split(batch or len(x0))])
+    parts = (part.to(policy.device) for part in x0.split(batch or len(x0)))
+    return torch.cat([policy.model.decode(part).clamp(0, 1).float().cpu() for part in parts])
 
 
-def samples_of(media: Tensor, prompts: Sequence[Prompt], index: Tensor, group: Tensor) -> list[Sample]:
+def samples_of(
+    media: Tensor, prompts: Sequence[Prompt], index: Tensor, group: Tensor, fps: float | None = None
+) -> list[Sample]:
     """What the rewards see of media [B,F,3,H,W]: one frame is an image, several are a video."""
     return [
-        Sample(media=clip[0] if len(clip) == 1 else clip, prompt=prompts[p].text, group=g, meta=prompts[p].metadata)
+        Sample(media=clip[0], prompt=prompts[p].text, group=g, meta=prompts[p].metadata)
+        if len(clip) == 1
+        else Sample(media=clip, prompt=prompts[p].text, group=g, meta=prompts[p].metadata, fps=fps)
         for clip, p, g in zip(media, index.tolist(), group.tolist(), strict=True)
     ]
 
@@ -310,7 +350,7 @@ def decode_and_submit(policy: Policy, batch: Batch, hub: RewardHub, geometry: Ge
         part = decode(policy, batch.trajectory.x0[leaves], geometry.decode_batch)
         media.append(part)
         group = batch.trajectory.group[leaves]
-        tickets.append(hub.submit(samples_of(part, batch.prompts, batch.leaf_prompt[leaves], group)))
+        tickets.append(hub.submit(samples_of(part, batch.prompts, batch.leaf_prompt[leaves], group, geometry.fps)))
     batch.media = torch.cat(media)
     return tickets
 

@@ -86,6 +86,14 @@ class ModelConfig(Section):
     """Pixels; null = the model's own default."""
     frames: Count | None = None
     """Frames of a video; null = the model's own default, 1 for an image model."""
+    fps: Positive | None = None
+    """Frames per second that rewards and saved clips are told; null = those that the family was trained with."""
+    embedded_guidance: NonNegative | None = None
+    """Guidance that a distilled network takes as an input (FLUX.1-dev, HunyuanVideo); null = the pipeline's default."""
+    negative_prompt: str | None = None
+    """The other branch of classifier-free guidance; null = the empty prompt of the family."""
+    inference: dict[str, Any] | None = None
+    """Further arguments of the pipeline's call that a model asks for, such as {guidance_scale_2: 3.0} of Wan 2.2."""
     max_sequence_length: Natural | None = None
     """Tokens of a prompt; null = what the folder's inference.json says, else the pipeline's default."""
     gradient_checkpointing: bool = False
@@ -96,6 +104,20 @@ class ModelConfig(Section):
     """Decode in overlapping tiles, where the VAE can: less memory for large pictures, and hardly visible seams."""
     decode_micro_batch: Count | None = None
     """Latents decoded at a time; null = as many as the rollout makes. Memory only, the result is the same."""
+    attention: Word = "native"
+    """Kernel of attention: native, xformers, flash, sage, flex or another name of diffusers; the run says what it got."""
+    quantization: dict[Word, Literal["bnb_4bit", "bnb_8bit", "torchao_int8", "torchao_float8"]] | None = None
+    """Frozen weights in fewer bits, by component, such as {transformer: bnb_4bit}; what learns must be LoRA."""
+    layerwise_casting: bool = False
+    """Frozen weights in float8 between their uses, which rounds them; LoRA, with gradient checkpointing."""
+    offload: Literal["none", "group"] = "none"
+    """`group`: frozen weights in main memory, fetched layer by layer; slow; LoRA, with gradient checkpointing."""
+    offload_text_encoders: bool = False
+    """Text encoders in main memory; they come to the device when new prompts are encoded."""
+    offload_trajectory: bool = False
+    """The rollout's states wait in main memory for the update."""
+    compile: bool = False
+    """Compile the network's repeated blocks: minutes at the start, faster steps later. Up to rounding the same."""
 
 
 def _norm(value: Any) -> Any:
@@ -400,6 +422,7 @@ def _conflicts(config: Config) -> Iterator[tuple[Key, str]]:
             check_name(name or "any.py", package)
         except ResolveError as error:
             yield key, str(error)
+    yield from _memory_conflicts(config.model)
     yield from _reward_conflicts(config.rewards, config.eval_rewards)
     updates = config.iterations * config.optimizer.updates_per_iteration
     if config.optimizer.warmup >= updates:
@@ -424,6 +447,30 @@ def _conflicts(config: Config) -> Iterator[tuple[Key, str]]:
             "make the grid smaller or num_samples larger",
         )
     yield from _plan_conflicts(config)
+
+
+def _memory_conflicts(model: ModelConfig) -> Iterator[tuple[Key, str]]:
+    """Weights that are stored otherwise than they are computed with cannot learn, nor be stored in two ways."""
+    text = [name for name in model.quantization or () if name.startswith("text_encoder")]
+    quantised = len(model.quantization or ()) > len(text)
+    moving = [key for key, asked in (("layerwise_casting", model.layerwise_casting),
+                                     ("offload", model.offload != "none")) if asked]  # fmt: skip
+    for key in moving + ["quantization"] * quantised:
+        if model.lora is None:
+            yield ("model", key), "is for frozen weights, but all weights learn; set model.lora, or leave it out"
+    for key in moving:
+        if not model.gradient_checkpointing:
+            kept = "saves nothing while a backward pass waits for the weights it has used; "
+            yield ("model", key), kept + "set model.gradient_checkpointing=true, or leave it out"
+        if quantised:
+            yield ("model", key), "is for weights that are not quantised; leave out one of the two"
+        if model.compile:
+            yield (
+                ("model", "compile"),
+                f"compiled blocks and {key}, which changes weights on the way, do not go together",
+            )
+    if text and model.offload_text_encoders:
+        yield ("model", "offload_text_encoders"), f"{', '.join(text)} is quantised and stays; leave out one of the two"
 
 
 def _reward_conflicts(rewards: Sequence[RewardEntry], held_out: Sequence[RewardEntry]) -> Iterator[tuple[Key, str]]:
@@ -462,6 +509,9 @@ def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
     if config.optimizer.update == "single_pass" and not algorithm.needs.logprobs:
         text = f"single_pass keeps the graphs of stochastic steps, and {config.algorithm.name} has none; "
         yield ("optimizer", "update"), text + "leave it out"
+    if config.model.offload != "none" and any(algorithm.needs.teachers):
+        text = "adapters of teachers would be moved with the weights they were added to; "
+        yield ("model", "offload"), text + "leave it out, or take the initial model as the only teacher"
     if config.data.samples_per_prompt <= algorithm.needs.stored:
         text = f"{algorithm.needs.stored} samples of a prompt may be stored ones; draw at least one more"
         yield ("data", "samples_per_prompt"), text
@@ -623,6 +673,7 @@ def dump(config: Config) -> str:
 _FREE = (
     "name", "output_dir", "checkpoint_every", "keep_checkpoints", "evaluate_every", "engine", "log", "eval_rewards",
     "model.decode_micro_batch", "model.decode_tiling", "model.rollout_micro_batch", "model.gradient_checkpointing",
+    "model.offload", "model.offload_text_encoders", "model.offload_trajectory", "model.compile",
     "optimizer.micro_batch",
     "optimizer.update", "data.max_no_verdict", "data.evaluation.batch_size", "data.evaluation.grid_prompts",
     "data.evaluation.headline", "data.evaluation.patience",

@@ -46,6 +46,8 @@ class Critic:
     ) -> None:
         self.decoder: Decoder = model.model if isinstance(model, Policy) else model
         self.hub, self.decode_batch, self.checkpoint = hub, decode_batch, checkpoint
+        self.fps: float | None = getattr(self.decoder, "fps", None)
+        """Frames per second that the rewards of a video are told."""
         self.texts_kept = 4096
         """How many text features are remembered: those used last."""
         self._texts: dict[str, Tensor] = {}
@@ -71,7 +73,7 @@ class Critic:
         valve = Valve()
         media = self.media(valve.through(x0))
         group = torch.tensor([prompt.id for prompt in prompts], dtype=torch.long)
-        found = self.hub.differentiate(samples_of(media, prompts, torch.arange(len(prompts)), group))
+        found = self.hub.differentiate(samples_of(media, prompts, torch.arange(len(prompts)), group, self.fps))
         valve.close(found.total.isnan())
         return Judged(total=found.total.to(x0.device), scores={n: s.to(x0.device) for n, s in found.scores.items()})
 

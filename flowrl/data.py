@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 BUILT_IN = "shapes"
+BUILT_IN_VIDEO = "shapes_video"
+SOURCE = "source"
+"""Field of a row that names a prompt's source picture, or a list of them: what is edited, where a video begins."""
+PICTURES = ("reference", SOURCE)
+"""Fields of a row that hold paths of pictures."""
 SPLITS = ("train", "held_out")
 PAIRS = "pairs.jsonl"
 """The rows of a pair store."""
@@ -45,14 +50,14 @@ class DataError(ValueError):
 def load_prompts(source: str | Path | Sequence[str], split: str = "train") -> list[Prompt]:
     """The prompts of a source, numbered from 0 in its order; equal texts stay different prompts.
 
-    `source` is "shapes" (the built-in world, whose `split` is "train" or "held_out"), a .txt file with one prompt a
-    line, a .jsonl file with {"prompt": text, ...metadata} a line, a folder of pairs (`flowrl.pairs`, or its
-    pairs.jsonl), or a sequence of texts. Files have no splits.
+    `source` is "shapes" or "shapes_video" (the built-in worlds, whose `split` is "train" or "held_out"), a .txt file
+    with one prompt a line, a .jsonl file with {"prompt": text, ...metadata} a line, a folder of pairs (`flowrl.pairs`,
+    or its pairs.jsonl), or a sequence of texts. Files have no splits.
     """
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; there are {' and '.join(SPLITS)}.")
-    if source == BUILT_IN:
-        rows = _built_in(split)
+    if source in (BUILT_IN, BUILT_IN_VIDEO):
+        rows = _built_in(str(source), split)
     elif isinstance(source, str | Path):
         path = Path(source).expanduser()
         if _is_of_pairs(path):
@@ -77,6 +82,9 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
         metadata = dict(prompt.metadata)
         if "stored" in metadata:  # what the files hold, not where they lie
             metadata["stored"] = [{**row, "media": _contents(row["media"])} for row in metadata["stored"]]
+        for key in (key for key in PICTURES if key in metadata):
+            given = metadata[key]
+            metadata[key] = [_contents(path) for path in ([given] if isinstance(given, str) else given)]
         digest.update(json.dumps([prompt.text, metadata], sort_keys=True, default=repr).encode())
     return digest.hexdigest()
 
@@ -86,7 +94,11 @@ def _contents(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _built_in(split: str) -> list[tuple[str, dict[str, Any]]]:
+def _built_in(source: str, split: str) -> list[tuple[str, dict[str, Any]]]:
+    if source == BUILT_IN_VIDEO:
+        from flowrl.shapes import clips
+
+        return [(clip.prompt, {"category": clip.category}) for clip in clips.prompts(split)]
     from flowrl.shapes.scenes import prompts
 
     return [(spec.prompt, {"category": spec.category}) for spec in prompts(split)]
@@ -103,7 +115,34 @@ def _read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if path.suffix not in readers:
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}; use .txt (one prompt a line) or .jsonl.")
     lines = read_lines(path)
-    return [readers[path.suffix](f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
+    rows = [readers[path.suffix](f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
+    return [
+        (text, _with_pictures(f"{path}:{number}", metadata, path.parent))
+        for number, (text, metadata) in enumerate(rows, start=1)
+    ]
+
+
+def _with_pictures(place: str, metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A row's pictures as paths that hold from anywhere: a relative one starts beside the file of prompts.
+
+    What is edited also is what rewards compare with (`reference`), where the row names nothing else.
+    """
+    found = {key: _pictures(f"{place}: {key!r}", metadata[key], folder) for key in PICTURES if key in metadata}
+    if isinstance(source := found.get(SOURCE), str):
+        found = {"reference": source, **found}
+    return {**metadata, **found}
+
+
+def _pictures(place: str, given: Any, folder: Path) -> Any:
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise DataError(f"{place} is {short(given)}; give the path of a picture, or a list of paths.")
+    paths = [(folder / Path(name).expanduser()).resolve() for name in names]
+    for path in paths:
+        if not path.is_file():
+            near = nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+            raise DataError(f"{place}: there is no file {str(path)!r}{near}; paths start at the folder of the prompts.")
+    return str(paths[0]) if isinstance(given, str) else [str(path) for path in paths]
 
 
 def read_lines(path: Path) -> list[str]:
@@ -123,9 +162,10 @@ def _missing(path: Path) -> str:
     if path.is_dir():
         return f"{path} is a folder without {PAIRS}; name a .txt or .jsonl file in it, or a folder of pairs."
     known = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = nearest(path.name, [*known, BUILT_IN])
+    near = nearest(path.name, [*known, BUILT_IN, BUILT_IN_VIDEO])
     return (
-        f"there is no file {str(path)!r}{near}; looked for {path.absolute()}. Give {BUILT_IN!r}, a .txt or .jsonl file "
+        f"there is no file {str(path)!r}{near}; looked for {path.absolute()}. Give {BUILT_IN!r}, "
+        f"{BUILT_IN_VIDEO!r}, a .txt or .jsonl file "
         "(relative to the working folder), or a list of prompts."
     )
 

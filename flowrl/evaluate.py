@@ -104,7 +104,7 @@ def evaluate(
         )  # fmt: skip
     ids = {p.id: i for i, p in enumerate(prompts)}
     group = torch.tensor([ids[p.id] for p in prompts])
-    samples = samples_of(media, prompts, torch.arange(len(prompts)), group)
+    samples = samples_of(media, prompts, torch.arange(len(prompts)), group, geometry.fps)
     result, *others = [each(samples) for each in (hub, held_out) if each is not None]
     scores: dict[str, Tensor] = {}
     for answer in (result, *others):

@@ -91,7 +91,7 @@ def make_pairs(
             console.print(f"{output} is complete", highlight=False)
             return store.summary
         device = default_device(config.engine.device)
-        policy = Policy(load_model(config), frozen=True, guidance=config.model.guidance, device=device)
+        policy = Policy(load_model(config, device), frozen=True, guidance=config.model.guidance, device=device)
         if exported:
             load_weights(policy, exported)
         made_by = {
@@ -111,7 +111,7 @@ def make_pairs(
                     num_steps=steps, seed=seed, batch=batch,
                 )  # fmt: skip
                 group = torch.arange(len(chunk)).repeat_interleave(samples_per_prompt)
-                result = hub(samples_of(media, chunk, group, group))
+                result = hub(samples_of(media, chunk, group, group, geometry_of(config, policy.model).fps))
                 pairs = choose(result.total, group, how, min_margin)
                 store.add(_rows(output, chunk, start, media, result, pairs, made_by), _counted(result, group, pairs))
                 console.print(

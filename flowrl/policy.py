@@ -88,6 +88,7 @@ class Policy:
         self.lora = Lora.model_validate(lora) if lora is not None and not frozen else None
         self.calls: Counter[str] = Counter()
         self._role = "train"
+        self._device = torch.device(device) if device is not None else None
         if device is not None:
             model.to(device)  # type: ignore[attr-defined]
         # An engine may wrap `model.trainable` later; weights and adapters are reached through the module itself.
@@ -107,7 +108,7 @@ class Policy:
             self._module.requires_grad_(True)
         self._parameters: dict[str, Parameter] = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
         for parameter in self._parameters.values():
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(self.device, torch.float32)
         if gradient_checkpointing:
             model.enable_gradient_checkpointing()  # type: ignore[attr-defined]
         self._initial: torch.nn.Module | None = None
@@ -128,17 +129,19 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        device: torch.device = next(self._module.parameters()).device
-        return device
+        """Where the weights are when they compute: those of a group-offloaded module lie elsewhere in between."""
+        return self._device or next(self._module.parameters()).device
 
     def trainable_parameters(self) -> list[Parameter]:
         """What an optimiser takes; the order is always the same."""
         return list(self._parameters.values())
 
-    def encode(self, prompts: Sequence[str]) -> Cond:
-        """Conditions [P, ...] of the prompts; the empty prompt's are left out where guidance does not need them."""
-        cond = self.model.encode(prompts)
+    def encode(self, prompts: Sequence[str], *sources: Any) -> Cond:
+        """Conditions [P, ...] of the prompts; the empty prompt's are left out where guidance does not need them.
+
+        `sources`: at most one argument, the source pictures of each prompt, for a model that takes some.
+        """
+        cond = self.model.encode(prompts, *sources)
         return cond if self._largest_guidance > 1 else {k: v for k, v in cond.items() if not k.startswith("negative_")}
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:

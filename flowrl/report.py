@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageSequence
 from torch import Tensor
 
 from flowrl.evaluate import Evaluation, paired_gain
@@ -25,10 +25,29 @@ Row = tuple[str, float | None, float | None, float | None, float | None]
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def save_grid(evaluation: Evaluation, path: Path, count: int, cell: int = 144) -> None:
-    """A PNG with the first frame of `count` samples, spread over the prompts, each above its prompt."""
+def save_grid(evaluation: Evaluation, path: Path, count: int, cell: int = 144, fps: float | None = None) -> None:
+    """A PNG with `count` samples, spread over the prompts, each above its prompt; of videos, one that moves (APNG)."""
+    sheets = grid_frames(evaluation, count, cell)
+    if sheets:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _save_frames(sheets, path, fps)
+
+
+def grid_frames(evaluation: Evaluation, count: int, cell: int = 144) -> list[Image.Image]:
+    """The grid of each frame; none where there are no media."""
     if evaluation.media is None or count == 0:
-        return
+        return []
+    return [_grid(evaluation, evaluation.media[:, frame], count, cell) for frame in range(evaluation.media.shape[1])]
+
+
+def _save_frames(frames: Sequence[Image.Image], path: Path, fps: float | None) -> None:
+    if len(frames) == 1:
+        frames[0].save(path, optimize=True)
+    else:
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / (fps or 8.0)), loop=0)
+
+
+def _grid(evaluation: Evaluation, pictures: Tensor, count: int, cell: int) -> Image.Image:
     chosen = spread(len(evaluation.prompts), count)
     columns = max(1, math.ceil(math.sqrt(len(chosen) * 1.6)))
     rows = math.ceil(len(chosen) / columns)
@@ -37,23 +56,29 @@ def save_grid(evaluation: Evaluation, path: Path, count: int, cell: int = 144) -
     draw = ImageDraw.Draw(sheet)
     for place, index in enumerate(chosen):
         x, y = 8 + place % columns * (cell + 8), 8 + place // columns * (cell + caption + 8)
-        sheet.paste(to_image(evaluation.media[index, 0]).resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
+        sheet.paste(to_image(pictures[index]).resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
         for line, text in enumerate(_wrapped(evaluation.prompts[index].text, 24)[:2]):
             draw.text((x, y + cell + 2 + 12 * line), text, fill=(70, 70, 70))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    return sheet
 
 
 def save_pair(before: Path, after: Path, path: Path) -> None:
     """Two grids of the same prompts side by side, with their titles."""
-    left, right = Image.open(before).convert("RGB"), Image.open(after).convert("RGB")
+    with Image.open(before) as left, Image.open(after) as right:
+        pairs = zip(ImageSequence.Iterator(left), ImageSequence.Iterator(right), strict=False)
+        frames = [_side_by_side(a.convert("RGB"), b.convert("RGB")) for a, b in pairs]
+        duration = left.info.get("duration")
+    _save_frames(frames, path, 1000 / duration if duration else None)
+
+
+def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
     title = 34
     sheet = Image.new("RGB", (left.width + right.width + 16, max(left.height, right.height) + title), "white")
     draw = ImageDraw.Draw(sheet)
     for picture, x, text in ((left, 0, "before"), (right, left.width + 16, "after")):
         sheet.paste(picture, (x, title))
         draw.text((x + 8, 6), text, fill=(20, 20, 20), font_size=20)
-    sheet.save(path, optimize=True)
+    return sheet
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -222,10 +247,13 @@ def _chart(name: str, rows: list[dict[str, Any]], width: int = 320, height: int 
 
 
 def _base64(path: Path) -> str:
-    image = Image.open(io.BytesIO(path.read_bytes()))
-    out = io.BytesIO()
-    image.save(out, "PNG", optimize=True)
-    return base64.b64encode(out.getvalue()).decode()
+    data = path.read_bytes()
+    with Image.open(io.BytesIO(data)) as image:
+        if getattr(image, "n_frames", 1) == 1:
+            out = io.BytesIO()
+            image.save(out, "PNG", optimize=True)
+            data = out.getvalue()
+    return base64.b64encode(data).decode()
 
 
 def _number(value: float | None) -> str:

@@ -27,7 +27,7 @@ from flowrl import checkpoint
 from flowrl.algorithms.advantages import group_advantages
 from flowrl.algorithms.schedule import credit_of, plans_of
 from flowrl.checkpoint import Checkpoint, CheckpointError, RunLock, flatten_optimizer, restore_optimizer
-from flowrl.collect import Conditions, Geometry, StoredSamples, check_stored, decode_and_submit, roll_out
+from flowrl.collect import Conditions, Geometry, StoredSamples, check_sources, check_stored, decode_and_submit, roll_out
 from flowrl.config import Config, diff, dump, identity, stored_per_prompt
 from flowrl.costs import expected_cost
 from flowrl.curriculum import curriculum
@@ -38,6 +38,7 @@ from flowrl.faults import fault
 from flowrl.hacking import TOTAL, look
 from flowrl.history import PromptHistory
 from flowrl.log import RunLog, plain, write_atomic
+from flowrl.memory import explained, fit, loading_options
 from flowrl.metrics import PhaseTimer
 from flowrl.models.pipeline import load
 from flowrl.policy import Policy
@@ -125,8 +126,10 @@ class Trainer:
         }
         self.measures = [resolve(name, "flowrl.shapes") for name in data.evaluation.measures]
         state = self._resumable() if resume else None
-        self.policy = self._build_policy()
+        with explained(config, "loading"):
+            self.policy = self._build_policy()
         self.geometry = geometry_of(config, self.policy.model)
+        check_sources(self.policy.model, [*prompts, *self.eval_prompts])
         self.stored = StoredSamples(policy=self.policy, geometry=self.geometry) if data.samples == "stored" else None
         """Where samples come from instead of a rollout."""
         self.critic = None
@@ -134,6 +137,7 @@ class Trainer:
             from flowrl.critic import Critic
 
             self.critic = Critic(self.policy, self.hub, decode_batch=config.model.decode_micro_batch)
+            self.critic.fps = self.geometry.fps
         self.conditions = Conditions(encode=self.policy.encode, device=self.policy.device)
         o = config.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -163,6 +167,8 @@ class Trainer:
         """Train to the last iteration; returns the summary, which is also written to `summary.json`."""
         with self._running():
             self._agree()
+            for line in self.in_effect:
+                self.log.say(line)
             with together(self.engine):
                 self.hub.warmup(gradient=self.algorithm.needs.gradient)
                 if self.held_out is not None and self.main:
@@ -197,9 +203,11 @@ class Trainer:
 
         with self._saving_what_is_done():
             with phase("collect"):
-                batch = self._collect(plans, mine, slots, iteration)
+                with explained(config, "rollout"):
+                    batch = self._collect(plans, mine, slots, iteration)
                 judged = self.stored is None and self.algorithm.needs.rewards
-                tickets = decode_and_submit(self.policy, batch, self.hub, self.geometry) if judged else []
+                with explained(config, "decode"):
+                    tickets = decode_and_submit(self.policy, batch, self.hub, self.geometry) if judged else []
             with phase("score"):
                 result = _join([self.hub.result(ticket) for ticket in tickets]) if judged else _unjudged(batch)
         fault("train.scored")
@@ -230,7 +238,8 @@ class Trainer:
             key = stable_seed(config.seed, iteration, -2)
             whole = self.algorithm.needs.whole_samples
             update_of = deal(batch, slots, len(prompts), per_prompt, self.updater.updates, key, whole)
-            metrics = self.updater.run(batch, update_of)
+            with explained(config, "update"):
+                metrics = self.updater.run(batch, update_of)
             self._check_ratio(metrics.get("ratio_first_update", 0.0))
             self.policy.follow(self.algorithm.old_decay(iteration))
         fault("train.updated")
@@ -262,8 +271,10 @@ class Trainer:
     def _build_policy(self) -> Policy:
         config = self.config
         needs = self.algorithm.needs
+        model = load_model(config)
+        self.in_effect = fit(model, config.model, self.engine.device)
         return Policy(
-            load_model(config), lora=config.model.lora and config.model.lora.model_dump(),
+            model, lora=config.model.lora and config.model.lora.model_dump(),
             guidance=config.model.guidance, ema_decay=config.optimizer.ema_decay,
             reference=needs.reference or None in needs.teachers, old=needs.old,
             teachers=[t for t in needs.teachers if t is not None],
@@ -390,7 +401,7 @@ class Trainer:
         """Before the first iteration, every so often, and after the last, unless it was done before a resume."""
         done = self.iteration == self.config.iterations
         if due(self.iteration, self.config.evaluate_every, done) and str(self.iteration) not in self.evaluations:
-            with self._saving_what_is_done():
+            with self._saving_what_is_done(), explained(self.config, "evaluation"):
                 self._evaluate()
 
     def _evaluate(self) -> None:
@@ -403,7 +414,12 @@ class Trainer:
                 held_out=self.held_out,
             )  # fmt: skip
             summary = found.summary() | {"train_seconds": self.seconds}
-            save_grid(found, self.folder / "samples" / f"{self.iteration:06d}.png", settings.grid_prompts)
+            save_grid(
+                found,
+                self.folder / "samples" / f"{self.iteration:06d}.png",
+                settings.grid_prompts,
+                fps=self.geometry.fps,
+            )
             self._remember_scores(found)
             if self.held_out is not None:
                 done = [*map(int, self.evaluations), self.iteration]
@@ -610,15 +626,19 @@ def _held_out(config: Config, trained: RewardHub, device: Any) -> RewardHub | No
     return hub
 
 
-def load_model(config: Config) -> Any:
-    """The generator of a config."""
-    tokens = config.model.max_sequence_length
+def load_model(config: Config, device: torch.device | str | None = None) -> Any:
+    """The generator of a config, still on the CPU; with `device` it is made to fit there (`flowrl.memory.fit`)."""
+    section = config.model
+    names = ("height", "width", "frames", "max_sequence_length", "embedded_guidance", "negative_prompt", "inference")
+    given = {name: getattr(section, name) for name in names if getattr(section, name) is not None}
     model = load(
-        config.model.path, family=config.model.family, dtype=getattr(torch, config.model.dtype),
-        **({} if tokens is None else {"max_sequence_length": tokens}),
+        section.path, family=section.family, dtype=getattr(torch, section.dtype), loading=loading_options(section),
+        **given,
     )  # fmt: skip
     if config.model.decode_tiling:
         model.enable_tiling()
+    if device is not None:
+        fit(model, section, device)
     return model
 
 
@@ -626,14 +646,15 @@ def geometry_of(config: Config, model: Any) -> Geometry:
     """What a config generates, where it says nothing the model's own size."""
     return Geometry(
         height=config.model.height or model.height, width=config.model.width or model.width,
-        frames=config.model.frames or 1, rollout_batch=config.model.rollout_micro_batch,
-        decode_batch=config.model.decode_micro_batch,
+        frames=config.model.frames or getattr(model, "frames", 1), fps=config.model.fps or getattr(model, "fps", None),
+        rollout_batch=config.model.rollout_micro_batch,
+        decode_batch=config.model.decode_micro_batch, store="cpu" if config.model.offload_trajectory else None,
     )  # fmt: skip
 
 
 def inference_settings(config: Config) -> dict[str, Any]:
     """What the weights of a run should be used with: the steps and the size of its evaluations."""
-    size = {"height": config.model.height, "width": config.model.width}
+    size = {"height": config.model.height, "width": config.model.width, "num_frames": config.model.frames}
     given = {key: value for key, value in size.items() if value is not None}
     return {"num_inference_steps": config.data.evaluation.num_steps, **given}
 

@@ -79,9 +79,10 @@ def draw_scored(
         strict=True,
     ):
         latents.append(x0.cpu())
-        tickets.append(hub.submit(samples_of(decode(policy, x0, geometry.decode_batch), prompts, mine, mine)))
+        media = decode(policy, x0, geometry.decode_batch)
+        tickets.append(hub.submit(samples_of(media, prompts, mine, mine, geometry.fps)))
     values = torch.cat([_score_of(hub.result(ticket), reward) for ticket in tickets])
-    return Scored(cond=conditions([p.text for p in prompts]), x0=torch.cat(latents), prompt=index, reward=values)
+    return Scored(cond=conditions(prompts), x0=torch.cat(latents), prompt=index, reward=values)
 
 
 def stored_pairs(prompts: Sequence[Prompt], model: Any, conditions: Conditions) -> Scored:
@@ -99,7 +100,7 @@ def stored_pairs(prompts: Sequence[Prompt], model: Any, conditions: Conditions) 
             "A latent reward learns one size at a time: bring the media to one size, or split the store."
         )
     return Scored(
-        cond=conditions([p.text for p in prompts]),
+        cond=conditions(prompts),
         x0=torch.stack([latents[medium["media"]] for _, medium in stored]),
         prompt=torch.tensor([index for index, _ in stored]),
         reward=torch.tensor([float(medium["reward"]) for _, medium in stored]),
@@ -231,7 +232,7 @@ def train_latent(
     names the score; None is the total), or from a pair store. One prompt in eight is held out for the pair accuracy.
     """
     device = default_device(config.engine.device)
-    policy = Policy(load_model(config), frozen=True, guidance=config.model.guidance, device=device)
+    policy = Policy(load_model(config, device), frozen=True, guidance=config.model.guidance, device=device)
     conditions = Conditions(encode=policy.encode, device=policy.device)
     made = LatentReward.of(policy.model, blocks, seed=seed)  # first: a model that has none is refused at once
     if pairs is not None:

@@ -30,6 +30,18 @@ def take(cond: Mapping[str, Tensor], index: Tensor) -> Cond:
     return {name: tensor[index.to(tensor.device)] for name, tensor in cond.items()}
 
 
+def padded(parts: Sequence[Tensor]) -> Tensor:
+    """Batches [P, S, ...] under each other, with zeros at the end of those whose S is shorter; a mask's zeros too."""
+    if len({part.shape[1:] for part in parts}) > 1:
+        longest = max(part.shape[1] for part in parts)
+        parts = [
+            part if part.shape[1] == longest
+            else torch.cat([part, part.new_zeros(len(part), longest - part.shape[1], *part.shape[2:])], dim=1)
+            for part in parts
+        ]  # fmt: skip
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))  # views stay views
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """One prompt of a data set. Groups are formed by `id`, never by text, so equal sentences stay apart."""
@@ -37,6 +49,12 @@ class Prompt:
     id: int
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Paths of its source pictures: what an editing model edits, where a video begins (`source` of its row)."""
+        given = self.metadata.get("source", ())
+        return (given,) if isinstance(given, str) else tuple(given)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +110,16 @@ class Draws:
 
     def select(self, rows: Tensor) -> Self:
         """The rows of a bool mask [N] or an index [M]."""
+        return replace(self, **{name: tensor[rows] for name, tensor in self._given.items()})
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same rows on another device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._given.items()})
+
+    @property
+    def _given(self) -> dict[str, Tensor]:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: tensor[rows] for name, tensor in given.items() if tensor is not None})
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -235,6 +261,9 @@ class Model(Protocol):
     height: int
     """Pixels that it generates by default."""
     width: int
+
+    # What a model may have besides: `frames` and `fps` of a video; `start(noise, t)`, where its grid begins below 1;
+    # `num_sources`, if it takes source pictures, which `encode` then gets as a second argument; `check_guidance`.
 
     def noise_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """Shape of one sample's latent, without the batch dimension."""

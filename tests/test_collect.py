@@ -67,7 +67,7 @@ def test_only_the_conditions_used_last_are_kept():
     assert conditions(["a", "b", "c"])["a"].flatten().tolist() == [97, 98, 99]  # more than are kept, and all there
     conditions(["b"])
     conditions(["d"])  # c was used longest ago
-    assert asked == ["a", "b", "c", "d"] and list(conditions.known) == ["b", "d"]
+    assert asked == ["a", "b", "c", "d"] and list(conditions.known) == [("b",), ("d",)]
     assert conditions(["b", "c"])["a"].flatten().tolist() == [98, 99] and asked[4:] == ["c"]
 
 

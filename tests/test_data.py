@@ -23,6 +23,36 @@ def write(folder, name, data):
 # ------------------------------------------------------------------------------------------------ reading
 
 
+def test_source_pictures_start_beside_the_file_of_prompts(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "in").mkdir()
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / "in" / name)
+    file = tmp_path / "edits.jsonl"
+    rows = [
+        {"prompt": "make it blue", "source": "in/a.png"},
+        {"prompt": "join them", "source": ["in/a.png", "in/b.png"]},
+        {"prompt": "like b", "source": "in/a.png", "reference": "in/b.png"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    a, b = (str(tmp_path / "in" / name) for name in ("a.png", "b.png"))
+    first, second, third = load_prompts(file)
+    assert first.sources == (a,) and first.metadata["reference"] == a  # rewards compare with what is edited
+    assert second.sources == (a, b) and "reference" not in second.metadata
+    assert third.metadata["reference"] == b
+    told = fingerprint([first, second, third])
+    Image.new("RGB", (4, 4), "green").save(b)
+    assert fingerprint([first, second, third]) != told  # what the files hold belongs to the data set
+
+
+@pytest.mark.parametrize(("given", "told"), [('"c.png"', "no file.*c.png"), ("[]", "path of a picture"), ("3", "path")])
+def test_a_source_that_is_none_is_refused_with_its_line(tmp_path, given, told):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "source": ' + given + "}\n")
+    with pytest.raises(DataError, match=f"p.jsonl:2.*source.*{told}"):
+        load_prompts(tmp_path / "p.jsonl")
+
+
 def test_the_built_in_world_has_categories_and_disjoint_splits():
     train, held_out = load_prompts("shapes"), load_prompts("shapes", "held_out")
     assert {p.metadata["category"] for p in train} == {p.metadata["category"] for p in held_out}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from flowrl.models.pipeline import ModelError, chunked, first_given
-from flowrl.types import Cond
+from flowrl.types import Cond, padded
 
 Sources = Sequence[tuple[Tensor, ...]]
 """The source pictures of each prompt, each [3,H,W] in [0,1]: what an editing model edits, where a video begins."""
@@ -49,11 +49,13 @@ class PipelineModel(ABC):
     grid_of_call: ClassVar[Literal["scheduler", "linear"]] = "scheduler"
     """Whether the pipeline's call passes sigmas of its own to the scheduler."""
     guidance_argument: ClassVar[str] = "guidance_scale"
-    """Argument of the pipeline's call that is classifier-free guidance."""
+    """Argument of the pipeline's call that is classifier-free guidance; empty where it has none."""
     embedded_argument: ClassVar[str | None] = None
     """Argument of the pipeline's call that is embedded guidance, where the network has such an input."""
-    empty_prompt: ClassVar[str] = ""
-    """The other branch of guidance, where no negative prompt is given."""
+    further_arguments: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the pipeline's call that the family looks at besides those that all look at."""
+    empty_prompt: ClassVar[str | None] = ""
+    """The other branch of guidance, where no negative prompt is given; None: the pipeline's call is given none too."""
     num_sources: ClassVar[tuple[int, int]] = (0, 0)
     """How few and how many source pictures a prompt may have."""
 
@@ -76,6 +78,8 @@ class PipelineModel(ABC):
         self.trainable: nn.Module = self.network()
         self.dtype: torch.dtype = getattr(pipe, self.components[0]).dtype
         self.decode_micro_batch = decode_micro_batch
+        self.stays: set[str] = set()
+        """Parts of the pipeline that `to` leaves where they are."""
         if embedded_guidance is not None and not self.takes_embedded_guidance:
             raise ModelError(
                 f"model {self.path!r}: embedded_guidance is {embedded_guidance:g}, but {type(pipe).__name__} of these "
@@ -90,7 +94,7 @@ class PipelineModel(ABC):
         } | ({self.embedded_argument: embedded_guidance} if self.embedded_argument else {})  # fmt: skip
         call = {name: p.default for name, p in inspect.signature(type(pipe).__call__).parameters.items()}
         names = ("num_inference_steps", self.guidance_argument, self.embedded_argument, "max_sequence_length",
-                 "height", "width", "num_frames", "negative_prompt")  # fmt: skip
+                 "height", "width", "num_frames", "negative_prompt", *self.further_arguments)  # fmt: skip
         known = tuple(dict.fromkeys([*(name for name in names if name in call), *recommended]))
         self.inference: dict[str, Any] = first_given(known, given, recommended, self.call_defaults(), call)
         """Arguments of the pipeline's call that reproduce this model's samples, besides those of a run."""
@@ -125,6 +129,10 @@ class PipelineModel(ABC):
         `sources` is empty unless the family takes source pictures (`num_sources`).
         """
 
+    def encode_negative(self, prompts: list[str], sources: Sources) -> Cond:
+        """Conditions [P, ...] of the other branch's prompts, where the pipeline makes them in its own way."""
+        return self.encode_text(prompts, sources)
+
     def encode_sources(self, sources: Sources) -> Cond:
         """Conditions [P, ...] of the source pictures, the same for both branches of guidance."""
         return {}
@@ -144,9 +152,17 @@ class PipelineModel(ABC):
         """The state at the first time t of a grid from standard noise [N,*L]; the noise itself where t = 1 is noise."""
         return noise
 
+    def pipeline_with(self, guidance: float) -> Any:
+        """The pipeline; where its call takes no guidance, it is set to draw with this one."""
+        return self.pipe
+
     def pipeline_latents(self, x: Tensor) -> Tensor:
-        """Latents [N,*L] as the pipeline's call takes and gives them (`latents=`, output_type="latent")."""
+        """Latents [N,*L] as the pipeline's call takes them (`latents=`)."""
         return x
+
+    def pipeline_output(self, x0: Tensor) -> Tensor:
+        """Clean latents [N,*L] as the pipeline's call gives them (output_type="latent")."""
+        return self.pipeline_latents(x0)
 
     @property
     def latent_channels(self) -> int:
@@ -201,6 +217,11 @@ class PipelineModel(ABC):
             return (latents - mean) / std
         return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
+    def pixels(self, latents: Tensor) -> Tensor:
+        """What the VAE makes of latents as it speaks them: pictures [N,3,H,W], or videos [N,3,F,H,W], in [-1,1]."""
+        media: Tensor = self.pipe.vae.decode(latents, return_dict=False)[0]
+        return media
+
     # -------------------------------------------------------------------------------- what all families do
 
     @property
@@ -225,7 +246,8 @@ class PipelineModel(ABC):
 
     def arguments(self, *, guidance: float | None = None, **overrides: Any) -> dict[str, Any]:
         """The arguments of the pipeline's call that reproduce this model's samples; give what differs in a run."""
-        own = overrides if guidance is None else {self.guidance_argument: guidance, **overrides}
+        asked = guidance is not None and self.guidance_argument
+        own = {self.guidance_argument: guidance, **overrides} if asked else overrides
         call = first_given(tuple(dict.fromkeys([*self.inference, *own])), own, self.inference)
         if self.grid == "linear" and self.grid_of_call != "linear":
             call["sigmas"] = linear_sigmas(call["num_inference_steps"])
@@ -320,8 +342,10 @@ class PipelineModel(ABC):
         self.pipe.vae.enable_tiling()
 
     def to(self, device: str | torch.device) -> Self:
-        """Moves every network."""
-        self.pipe.to(device)
+        """Moves every network but those that `flowrl.memory` has put somewhere else."""
+        for name, part in self.pipe.components.items():
+            if isinstance(part, nn.Module) and name not in self.stays:
+                part.to(device)
         return self
 
     # -------------------------------------------------------------------------------- inside
@@ -337,11 +361,11 @@ class PipelineModel(ABC):
 
     def _negative(self, count: int, sources: Sources) -> Cond:
         """The other branch's conditions [P, ...], named `negative_*`; of one prompt without sources they are views."""
-        text = self.inference.get("negative_prompt") or self.empty_prompt
+        text = self.inference.get("negative_prompt") or self.empty_prompt or ""
         if sources:
-            return {NEGATIVE + name: value for name, value in self.encode_text([text] * count, sources).items()}
+            return {NEGATIVE + name: value for name, value in self.encode_negative([text] * count, sources).items()}
         if self._empty is None:
-            self._empty = self.encode_text([text], ())
+            self._empty = self.encode_negative([text], ())
         return {NEGATIVE + name: value.expand(count, *value.shape[1:]) for name, value in self._empty.items()}
 
     def _check_sources(self, prompts: Sequence[str], sources: Sources) -> None:
@@ -357,8 +381,7 @@ class PipelineModel(ABC):
                 )
 
     def _decode(self, x0: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        media = vae.decode(self.unscale(x0.to(vae.dtype)), return_dict=False)[0].float() * 0.5 + 0.5
+        media = self.pixels(self.unscale(x0.to(self.pipe.vae.dtype))).float() * 0.5 + 0.5
         return clamp(media.transpose(1, 2) if self.video else media.unsqueeze(1))
 
     def _encode_media(self, media: Tensor) -> Tensor:
@@ -372,18 +395,6 @@ class PipelineModel(ABC):
         config, shape = self.pipe.vae.config, (1, -1, *[1] * (like.ndim - 2))
         mean, std = (torch.tensor(config[name]).to(like).reshape(shape) for name in ("latents_mean", "latents_std"))
         return mean, std
-
-
-def padded(parts: Sequence[Tensor]) -> Tensor:
-    """Batches [P, S, ...] under each other, with zeros at the end of those whose S is shorter; a mask's zeros too."""
-    if len({part.shape[1:] for part in parts}) > 1:
-        longest = max(part.shape[1] for part in parts)
-        parts = [
-            part if part.shape[1] == longest
-            else torch.cat([part, part.new_zeros(len(part), longest - part.shape[1], *part.shape[2:])], dim=1)
-            for part in parts
-        ]  # fmt: skip
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))  # views stay views
 
 
 def clamp(media: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ from flowrl import resolve as names
 from flowrl import tiny
 from flowrl.types import Model
 
-BUILT_IN = {"shapes": "flowrl.shapes"}
-"""Names of the models that lie inside this package, and the package whose folder `weights` holds them."""
+BUILT_IN = {"shapes": "weights", "shapes_video": "weights_video"}
+"""Names of the models that lie inside this package, and their folders in flowrl/shapes."""
+_SHAPES = "flowrl.shapes"
 
 FAMILIES = "flowrl.models"
 INDEX = "model_index.json"
@@ -45,7 +46,7 @@ def resolve(path: str | Path) -> str:
     name = str(path)
     if name.startswith(tiny.PREFIX):
         return _tiny(name)
-    folder = Path(str(importlib.resources.files(BUILT_IN[name]) / "weights")) if name in BUILT_IN else Path(name)
+    folder = Path(str(importlib.resources.files(_SHAPES) / BUILT_IN[name])) if name in BUILT_IN else Path(name)
     folder = folder.expanduser()
     if (folder / INDEX).is_file():
         return str(folder)
@@ -100,21 +101,28 @@ def load(
     family: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    inference: Mapping[str, Any] | None = None,
+    loading: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Model:
     """The model at `path`, frozen and on `device`; `options` go to the constructor of its family's class.
 
+    `inference` are arguments of the pipeline's call, over those that the model's folder recommends.
     `dtype` is that of text encoders and transformer; the VAE stays float32. `family` is a file of this folder, or
-    package.module:Class, or ./file.py:Class; None reads it from the model's files.
+    package.module:Class, or ./file.py:Class; None reads it from the model's files. `loading` are further arguments of
+    diffusers' `from_pretrained`, such as those of `flowrl.memory.loading_options`.
     Example: load("shapes") or load("stabilityai/stable-diffusion-3.5-medium", dtype=torch.bfloat16, device="cuda").
     """
     make = names.resolve(family or family_of(path), FAMILIES)
-    pipe = load_pipeline(path, device=device, dtype=dtype)
-    model: Model = make(pipe, path=str(path), inference=read_inference(path, pipe), **options)
+    pipe = load_pipeline(path, device=device, dtype=dtype, loading=loading)
+    model: Model = make(pipe, path=str(path), inference=read_inference(path, pipe, inference), **options)
     return model
 
 
-def load_pipeline(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def load_pipeline(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+    loading: Mapping[str, Any] | None = None,
+) -> Any:  # fmt: skip
     """The diffusers pipeline at `path` in evaluation mode, every weight frozen and no progress bars.
 
     Note: the VAE is float32 whatever `dtype` is, as in Flow-GRPO's scripts: it is small, and its picture is judged.
@@ -128,7 +136,7 @@ def load_pipeline(path: str | Path, *, device: str | torch.device = "cpu", dtype
         with _quiet() if str(path) in BUILT_IN else nullcontext():
             # Never a .bin, which is a pickle: a model without safetensors is refused.
             pipe: Any = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
-                source, dtype=dtypes, use_safetensors=True, **absent
+                source, dtype=dtypes, use_safetensors=True, **absent, **(loading or {})
             )
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
@@ -137,19 +145,21 @@ def load_pipeline(path: str | Path, *, device: str | torch.device = "cpu", dtype
     return pipe.to(device)
 
 
-def read_inference(path: str | Path, pipe: Any) -> dict[str, Any]:
+def read_inference(path: str | Path, pipe: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings that a model's or an export's folder recommends: `inference.json` holds arguments of the call.
+
+    Those `given` come first. ModelError for a name that the call does not have.
 
     Example: {"num_inference_steps": 20, "guidance_scale": 1.0, "max_sequence_length": 0}; without the file, {}.
     """
     folder = Path(path).expanduser()  # an exported folder is no model, but has this file
     source = str(folder) if (folder / INFERENCE).is_file() else resolve(path)
-    inference = read_json(source, INFERENCE, required=False) or {}
+    inference = {**(read_json(source, INFERENCE, required=False) or {}), **(given or {})}
     unknown = set(inference) - set(inspect.signature(type(pipe).__call__).parameters)
     if unknown:
         raise ModelError(
-            f"model {str(path)!r}: {INFERENCE} has {', '.join(sorted(unknown))}, which the call of "
-            f"{type(pipe).__name__} does not take. Remove or rename it: the file is passed to that call as it is."
+            f"model {str(path)!r}: {INFERENCE} (or model.inference) has {', '.join(sorted(unknown))}, which the call "
+            f"of {type(pipe).__name__} does not take. Remove or rename it: they are passed to that call as they are."
         )
     return inference
 

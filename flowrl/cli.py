@@ -64,8 +64,18 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest valid checkpoint of the output folder.")] = False,
+    smoke: Annotated[
+        bool,
+        typer.Option(help="Only try it: two tiny iterations, saved, resumed and exported, in a folder of its own."),
+    ] = False,
 ) -> None:
     """Train. Ctrl-C finishes the iteration, saves and exits."""
+    if smoke:
+        from flowrl.smoke import smoke as try_it
+
+        _checked(config, overrides)
+        try_it(config, overrides or [], lambda line: console.print(line, highlight=False))
+        return
     loaded = _checked(config, overrides)
     from flowrl.train import Trainer
 
@@ -79,14 +89,14 @@ def train(
 def plan(config: ConfigPath, overrides: Overrides = None) -> None:
     """Show what a run would do and cost, without starting it."""
     loaded = _checked(config, overrides)
-    from flowrl.models.pipeline import load
     from flowrl.policy import Policy
+    from flowrl.train import geometry_of, load_model
 
     algorithm = loaded.algorithm.build()
-    model = load(loaded.model.path, family=loaded.model.family)
+    model = load_model(loaded)
     policy = Policy(model, lora=loaded.model.lora and loaded.model.lora.model_dump())
-    height, width = loaded.model.height or model.height, loaded.model.width or model.width
-    times = model.times(algorithm.num_steps, height, width)
+    geometry = geometry_of(loaded, model)
+    times = model.times(algorithm.num_steps, geometry.height, geometry.width, geometry.frames)
     _print_lines(loaded, algorithm, times, policy.num_trainable, 1)
 
 
@@ -187,14 +197,16 @@ def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    numerics: Annotated[bool, typer.Option(help="Also measure how far from 1 an untouched policy's ratio is.")] = True,
+) -> None:
     """Versions, devices and extras: what to send with a bug report, and what to install for what is missing."""
-    from flowrl.standalone import diagnose
+    from flowrl.standalone import diagnose, ratio_rows
 
     table = Table("what")
     table.add_column("found", overflow="fold")
     table.add_column("advice", overflow="fold")
-    for row in diagnose():
+    for row in [*diagnose(), *(ratio_rows() if numerics else [])]:
         table.add_row(*(Text(cell) for cell in row))  # not markup: it would take the [ocr] of an advice for a style
     console.print(table)
 
@@ -365,7 +377,8 @@ def _checked(config: Path, overrides: list[str] | None):  # type: ignore[no-unty
 
 
 def _print_plan(trainer) -> None:  # type: ignore[no-untyped-def]
-    times = trainer.policy.model.times(trainer.algorithm.num_steps, trainer.geometry.height, trainer.geometry.width)
+    size = trainer.geometry
+    times = trainer.policy.model.times(trainer.algorithm.num_steps, size.height, size.width, size.frames)
     _print_lines(trainer.config, trainer.algorithm, times, trainer.policy.num_trainable, trainer.engine.world)
 
 

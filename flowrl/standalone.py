@@ -95,7 +95,7 @@ def evaluate_run(
     device = default_device(config.engine.device)
     with RewardHub([entry.entry() for entry in config.rewards], device=device) as hub:
         for name in [*(["base"] if with_base else []), "tuned", *(["guided"] if guides else [])]:
-            policy = Policy(load_model(config), frozen=True, guidance=config.model.guidance, device=device)
+            policy = Policy(load_model(config, device), frozen=True, guidance=config.model.guidance, device=device)
             if name != "base":
                 load_weights(policy, weights)
             found[name] = evaluate(
@@ -147,7 +147,7 @@ def sample_grid(
         )
     exported = weights_of(weights) if weights else None
     config = None if model or exported is None else _config_of(exported)
-    loaded: Any = load_model(config) if config else load(model or BUILT_IN)
+    loaded: Any = load_model(config, default_device()) if config else load(model or BUILT_IN)
     settings = loaded.inference | (read_inference(exported, loaded.pipe) if exported else {})
     steps = num_steps or settings["num_inference_steps"]
     tuned_steps = round(tuned_share * steps)
@@ -180,6 +180,18 @@ def export_run(run: Path, output: Path, *, averaged: bool) -> None:
     tensors = {k: v for k, v in tensors.items() if not k.startswith("old.")}  # follows the weights in training alone
     policy.load_state_dict(tensors)
     policy.export(output, averaged=averaged, inference=inference_settings(config))
+
+
+def ratio_rows() -> list[tuple[str, str, str]]:
+    """(what, found, advice) rows: how far the ratio of an untouched policy is from 1 here."""
+    from flowrl.numerics import deviations
+
+    advice = "deviation of the ratio before anything is learnt: keep algorithm.clip_range well above it"
+    return [
+        (f"ratio in {d.dtype}", f"off by {d.same_batch:.1e}; one sample at a time {d.one_by_one:.1e}",
+         advice if d.dtype == "bfloat16" else "")
+        for d in deviations(device=default_device())
+    ]  # fmt: skip
 
 
 def diagnose() -> list[tuple[str, str, str]]:

@@ -89,7 +89,7 @@ def test_a_plan_says_what_a_run_costs_and_starts_nothing(command, config_file, t
 
 
 def test_doctor(command):
-    code, out, _ = command("doctor")
+    code, out, _ = command("doctor", "--no-numerics")
     assert code == 0
     assert torch.__version__.split("+")[0] in out and all(word in out for word in ("python", "device", "extra ocr"))
 

@@ -1,0 +1,134 @@
+"""Two tiny iterations of any config, saved, resumed and exported: what a long run will need is tried before it starts.
+
+    flowrl train CONFIG --smoke
+
+Everything that decides whether a run works stays: model, method, rewards, prompts, precision, adapters. What decides
+how long it takes goes: few and small samples, two iterations, an evaluation of two samples.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flowrl.config import Config, ConfigError, load_config
+
+LARGEST_SIDE = 256
+"""Pixels; a model that generates larger pictures is tried with this."""
+MOST_FRAMES = 9
+"""A multiple of 8 and one more, which suits every video family."""
+GROUPS = (2, 3, 4, 6, 8, 9, 12, 16, 24, 32)
+"""Sizes of a group that are tried, smallest first: a method with trees takes only some."""
+
+
+def small(config: Config) -> list[str]:
+    """Overrides that make a config's run tiny; the smallest groups and prompts that its method allows are to be found.
+
+    Sides above 256 pixels, and those that a hub's model chooses itself, become 256.
+    """
+    model, data = config.model, config.data
+    inside = model.path.startswith("tiny/") or model.path in ("shapes", "shapes_video")
+    found = {
+        "iterations": 2, "checkpoint_every": 1, "evaluate_every": 2, "optimizer.schedule": "constant",
+        "optimizer.warmup": 0, "optimizer.min_lr_ratio": 0.0,
+        "optimizer.updates_per_iteration": min(2, config.optimizer.updates_per_iteration),
+        "data.evaluation.num_samples": 2, "data.evaluation.batch_size": 2,
+        "data.evaluation.num_steps": min(4, data.evaluation.num_steps),
+        "data.evaluation.grid_prompts": min(2, data.evaluation.grid_prompts), "log.rollouts_every": 1,
+    }  # fmt: skip
+    for side in ("height", "width"):
+        if (getattr(model, side) or (0 if inside else LARGEST_SIDE + 1)) > LARGEST_SIDE:
+            found[f"model.{side}"] = LARGEST_SIDE
+    if (model.frames or 1) > MOST_FRAMES:
+        found["model.frames"] = MOST_FRAMES
+    return [f"{key}={value}" for key, value in found.items()]
+
+
+def smallest(path: str | Path, overrides: Sequence[str]) -> Config:
+    """The tiny config: overrides, then `small`, then the first group size that the config's own checks let pass.
+
+    ConfigError of the config itself where no size does.
+    """
+    config = load_config(path, overrides)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    name = f"{config.name}-smoke"
+    fixed = [*overrides, *small(config), f"name={name}", f"output_dir={Path(config.output_dir).parent / name}"]
+    stored = config.data.samples == "stored"
+    wanted = config.data.samples_per_prompt
+    sizes = [wanted] if stored else [*(size for size in GROUPS if size < wanted), wanted]
+    prompts = [*(n for n in (1, 2, 3, 4, 6) if world <= n < config.data.prompts_per_iteration)]
+    told: ConfigError | None = None
+    for size in sizes:
+        for count in [*prompts, config.data.prompts_per_iteration]:
+            try:
+                return load_config(
+                    path, [*fixed, f"data.samples_per_prompt={size}", f"data.prompts_per_iteration={count}"]
+                )
+            except ConfigError as error:
+                told = error
+    assert told is not None
+    raise told
+
+
+def smoke(path: str | Path, overrides: Sequence[str], say: Callable[[str], None]) -> Path:
+    """One iteration, a checkpoint, the rest from that checkpoint, the export, and a sample of it; the run's folder."""
+    from flowrl.train import Trainer
+
+    config = smallest(path, overrides)
+    folder = Path(config.output_dir)
+    shutil.rmtree(folder, ignore_errors=True)
+    first = config.model_copy(update={"iterations": 1})
+    with _timed(say, "one iteration, with rewards and an evaluation"):
+        trainer = Trainer(first)
+        trainer.run()
+    with _timed(say, "resumed from its checkpoint, one more"):
+        trainer = Trainer(config, resume=True)
+        trainer.run()
+    if trainer.main:
+        with _timed(say, "exported weights loaded and sampled"):
+            _sample(config, folder)
+        say(_peak(trainer))
+    return folder
+
+
+def _sample(config: Config, folder: Path) -> None:
+    from flowrl.collect import Conditions, sample
+    from flowrl.data import load_prompts
+    from flowrl.engine import default_device
+    from flowrl.policy import Policy, load_weights
+    from flowrl.train import geometry_of, load_model
+
+    policy = Policy(
+        load_model(config), frozen=True, guidance=config.model.guidance, device=default_device(config.engine.device)
+    )
+    load_weights(policy, folder / "weights")
+    prompts = load_prompts(config.data.eval_prompts or config.data.prompts, "held_out")[:1]
+    conditions = Conditions(encode=policy.encode, device=policy.device)
+    media = sample(policy, prompts, [0], conditions, geometry_of(config, policy.model), num_steps=2, seed=0)
+    if not bool(media.isfinite().all()):
+        raise SmokeError(f"the exported weights in {folder / 'weights'} give samples that are not finite.")
+
+
+def _peak(trainer: Any) -> str:
+    import torch
+
+    device = trainer.engine.device
+    if device.type != "cuda":
+        return f"all of it worked on {device}"
+    return f"all of it worked on {device}; peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+
+
+class SmokeError(RuntimeError):
+    """A part of a run that only shows at its end does not work."""
+
+
+@contextmanager
+def _timed(say: Callable[[str], None], what: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    say(f"smoke: {what}: {time.perf_counter() - start:.1f} s")

@@ -36,11 +36,22 @@ def classes_by_file(package, belongs) -> dict[str, str]:
 METHODS = classes_by_file(
     flowrl.algorithms, lambda cls: issubclass(cls, Hyperparameters) and not inspect.isabstract(cls)
 )
-MODELS = classes_by_file(flowrl.models, lambda cls: callable(getattr(cls, "velocity", None)))
+MODELS = classes_by_file(
+    flowrl.models, lambda cls: callable(getattr(cls, "velocity", None)) and not inspect.isabstract(cls)
+)
 
 
 def names_in(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Every name that code uses, imports or quotes in a lookup, with its line; docstrings and comments do not count."""
+    """Every name that code uses or imports, with its line; docstrings and comments do not count.
+
+    A class that one derives from does not either: a variant of a family is the family, and what differs.
+    """
+    bases = {base.id for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases
+             if isinstance(base, ast.Name)}  # fmt: skip
+    yield from ((name, line) for name, line in _all_names(tree) if name not in bases)
+
+
+def _all_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             yield node.id, node.lineno
@@ -96,6 +107,12 @@ def test_it_does_not_ask_which_model_or_method(path):
 )
 def test_such_an_if_would_be_seen(code):
     assert list(asks(ast.parse(code)))
+
+
+def test_deriving_is_not_asking():
+    derived = "from flowrl.models.wan import Wan\nclass Mine(Wan):\n    fps = 3"
+    assert "Wan" not in dict(names_in(ast.parse(derived)))
+    assert "Wan" in dict(names_in(ast.parse("from flowrl.models.wan import Wan\nx = isinstance(y, Wan)")))
 
 
 @pytest.mark.parametrize("code", ["if form == 'flow_grpo': pass", "if name in known: pass", "if model is None: pass"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -86,18 +87,38 @@ def train(
 
 
 @app.command()
-def plan(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Show what a run would do and cost, without starting it."""
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option(help="Processes, one a device.", min=1)] = 1,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of one device: what to change where it is too little.")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="Peak of one device; default: measured here, on a matmul.")
+    ] = None,
+) -> None:
+    """Show what a run would do and cost, memory and time included, without starting it: no weights are read."""
     loaded = _checked(config, overrides)
+    import torch
+
+    from flowrl import estimate
+    from flowrl.costs import expected_cost
+    from flowrl.engine import default_device
     from flowrl.policy import Policy
-    from flowrl.train import geometry_of, load_model
+    from flowrl.train import geometry_of
 
     algorithm = loaded.algorithm.build()
-    model = load_model(loaded)
+    model = estimate.sketch(loaded)
     policy = Policy(model, lora=loaded.model.lora and loaded.model.lora.model_dump())
     geometry = geometry_of(loaded, model)
     times = model.times(algorithm.num_steps, geometry.height, geometry.width, geometry.frames)
-    _print_lines(loaded, algorithm, times, policy.num_trainable, 1)
+    plans = _print_lines(loaded, algorithm, times, policy.num_trainable, devices)
+    device, dtype = default_device(loaded.engine.device), getattr(torch, loaded.model.dtype)
+    speed = tflops * 1e12 if tflops else estimate.matmul_flops(device, dtype)
+    cost = expected_cost(loaded, algorithm, plans)
+    for line in estimate.lines(loaded, policy, cost, devices, speed, memory):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command("eval")
@@ -134,30 +155,39 @@ def sample(
     guide: Guides = None,
     guide_range: GuideRange = (0.0, 1.0),
     guide_cap: GuideCap = None,
+    source: Annotated[
+        list[Path] | None, typer.Option(help="Source picture, where the model takes one; may be repeated.")
+    ] = None,
     seed: int = 0,
-    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("sample.png"),
+    output: Annotated[
+        Path | None, typer.Option(help="Picture or .mp4; default: sample.png, or sample.mp4 of a model of videos.")
+    ] = None,
 ) -> None:
-    """Draw prompts with a model, or with a run's weights on it, into one picture."""
+    """Draw prompts with a model, or with a run's weights on it, into one picture or video."""
     from flowrl.standalone import sample_grid
 
-    sample_grid(
+    written = sample_grid(
         prompts, model=model, weights=from_, count=count, num_steps=num_steps, guidance=guidance, seed=seed,
         output=output, tuned_share=tuned_share, guides=guide or [], t_range=guide_range, max_ratio=guide_cap,
+        sources=source or [],
     )  # fmt: skip
-    console.print(f"wrote {output}")
+    console.print(f"wrote {written}", soft_wrap=True)
 
 
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder with a checkpoint.")],
-    output: Annotated[Path, typer.Option(help="Where the weights go.")],
+    form: Annotated[
+        Literal["diffusers", "peft", "comfyui", "merged"],
+        typer.Option("--format", help="A LoRA file or component, a PEFT folder, a ComfyUI file, a whole pipeline."),
+    ] = "diffusers",
+    output: Annotated[Path | None, typer.Option(help="Where the weights go; default: RUN/export_FORMAT.")] = None,
     averaged: Annotated[bool, typer.Option(help="The averaged weights, where the run keeps an average.")] = True,
 ) -> None:
-    """Write the weights of a run's newest checkpoint in diffusers' format (a run that ended has them in weights/)."""
+    """Write the weights of a run's newest checkpoint for diffusers, PEFT or ComfyUI, with code that draws with them."""
     from flowrl.standalone import export_run
 
-    export_run(run, output, averaged=averaged)
-    console.print(f"wrote {output}")
+    console.print(f"wrote {export_run(run, output, averaged=averaged, form=form)}", soft_wrap=True)
 
 
 @config_app.command("check")
@@ -217,14 +247,15 @@ def shapes_pretrain(
     seed: int = 0,
     steps: Annotated[int | None, typer.Option(help="Denoiser steps; default as for the shipped weights.")] = None,
     autoencoder_steps: Annotated[int | None, typer.Option(help="Autoencoder steps.")] = None,
-    pool: Annotated[int | None, typer.Option(help="Scenes to render.")] = None,
+    pool: Annotated[int | None, typer.Option(help="Scenes or clips to render.")] = None,
+    video: Annotated[bool, typer.Option("--video", help="The world that moves, a Wan pipeline.")] = False,
 ) -> None:
     """Train the built-in base model from nothing (about an hour on two CPU cores); resumable."""
-    from flowrl.shapes.pretrain import Recipe, pretrain
-
+    world = importlib.import_module("flowrl.shapes.pretrain_video" if video else "flowrl.shapes.pretrain")
     given = {"denoiser_steps": steps, "autoencoder_steps": autoencoder_steps, "pool": pool}
-    pretrain(output, Recipe(seed=seed, **{k: v for k, v in given.items() if v is not None}))
-    console.print(f"wrote {output}; try: flowrl sample --model {output} 'a red circle'")
+    world.pretrain(output, world.Recipe(seed=seed, **{k: v for k, v in given.items() if v is not None}))
+    example = "a red circle" + " moves left" * video
+    console.print(f"wrote {output}; try: flowrl sample --model {output} '{example}'")
 
 
 @shapes_app.command("meanflow")
@@ -382,7 +413,7 @@ def _print_plan(trainer) -> None:  # type: ignore[no-untyped-def]
     _print_lines(trainer.config, trainer.algorithm, times, trainer.policy.num_trainable, trainer.engine.world)
 
 
-def _print_lines(config, algorithm, times, trainable: int, world: int) -> None:  # type: ignore[no-untyped-def]
+def _print_lines(config, algorithm, times, trainable: int, world: int):  # type: ignore[no-untyped-def]
     from flowrl.algorithms.schedule import plans_of
     from flowrl.costs import describe
 
@@ -391,3 +422,4 @@ def _print_lines(config, algorithm, times, trainable: int, world: int) -> None: 
     for line in describe(config, algorithm, first, trainable=trainable, world=world):
         table.add_row(*line)
     console.print(table)
+    return first

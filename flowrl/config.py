@@ -105,7 +105,7 @@ class ModelConfig(Section):
     decode_micro_batch: Count | None = None
     """Latents decoded at a time; null = as many as the rollout makes. Memory only, the result is the same."""
     attention: Word = "native"
-    """Kernel of attention: native, xformers, flash, sage, flex or another name of diffusers; the run says what it got."""
+    """Kernel of attention: native, xformers, flash, sage, flex or a name of diffusers; the run says what it got."""
     quantization: dict[Word, Literal["bnb_4bit", "bnb_8bit", "torchao_int8", "torchao_float8"]] | None = None
     """Frozen weights in fewer bits, by component, such as {transformer: bnb_4bit}; what learns must be LoRA."""
     layerwise_casting: bool = False
@@ -509,9 +509,6 @@ def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
     if config.optimizer.update == "single_pass" and not algorithm.needs.logprobs:
         text = f"single_pass keeps the graphs of stochastic steps, and {config.algorithm.name} has none; "
         yield ("optimizer", "update"), text + "leave it out"
-    if config.model.offload != "none" and any(algorithm.needs.teachers):
-        text = "adapters of teachers would be moved with the weights they were added to; "
-        yield ("model", "offload"), text + "leave it out, or take the initial model as the only teacher"
     if config.data.samples_per_prompt <= algorithm.needs.stored:
         text = f"{algorithm.needs.stored} samples of a prompt may be stored ones; draw at least one more"
         yield ("data", "samples_per_prompt"), text

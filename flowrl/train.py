@@ -28,7 +28,7 @@ from flowrl.algorithms.advantages import group_advantages
 from flowrl.algorithms.schedule import credit_of, plans_of
 from flowrl.checkpoint import Checkpoint, CheckpointError, RunLock, flatten_optimizer, restore_optimizer
 from flowrl.collect import Conditions, Geometry, StoredSamples, check_sources, check_stored, decode_and_submit, roll_out
-from flowrl.config import Config, diff, dump, identity, stored_per_prompt
+from flowrl.config import Config, ModelConfig, diff, dump, identity, stored_per_prompt
 from flowrl.costs import expected_cost
 from flowrl.curriculum import curriculum
 from flowrl.data import PromptSampler, fingerprint, load_prompts, shard
@@ -626,14 +626,18 @@ def _held_out(config: Config, trained: RewardHub, device: Any) -> RewardHub | No
     return hub
 
 
+def options_of(section: ModelConfig) -> dict[str, Any]:
+    """What a config says to the constructor of a family's class."""
+    names = ("height", "width", "frames", "max_sequence_length", "embedded_guidance", "negative_prompt")
+    return {name: getattr(section, name) for name in names if getattr(section, name) is not None}
+
+
 def load_model(config: Config, device: torch.device | str | None = None) -> Any:
     """The generator of a config, still on the CPU; with `device` it is made to fit there (`flowrl.memory.fit`)."""
     section = config.model
-    names = ("height", "width", "frames", "max_sequence_length", "embedded_guidance", "negative_prompt", "inference")
-    given = {name: getattr(section, name) for name in names if getattr(section, name) is not None}
     model = load(
         section.path, family=section.family, dtype=getattr(torch, section.dtype), loading=loading_options(section),
-        **given,
+        inference=section.inference, **options_of(section),
     )  # fmt: skip
     if config.model.decode_tiling:
         model.enable_tiling()

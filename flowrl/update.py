@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class Updater:
             names, unit = torch.unique(unit, return_inverse=True)
             portion = unit // max(1, self.micro_batch * len(names) // len(state.unique()))
         for number in range(int(portion.max()) + 1):
-            yield batch.select(mine[portion == number])
+            yield _on(self.policy, batch.select(mine[portion == number]))
 
     def _sum_gradients(self) -> None:
         """Add up the processes' gradients in one flat buffer."""
@@ -137,6 +137,17 @@ class Updater:
                 f"{metrics}. The weights are those before the first of them. {advice}"
             )
         return metrics | {"skipped_updates": 1.0}
+
+
+def _on(policy: Policy, batch: Batch) -> Batch:
+    """A minibatch where the policy computes; the rollout may have left its states in main memory."""
+    if batch.trajectory.x0.device == (device := policy.device):
+        return batch
+    return replace(
+        batch, trajectory=batch.trajectory.to(device), leaf_prompt=batch.leaf_prompt.to(device),
+        draws=batch.draws and batch.draws.to(device),
+        advantages=None if batch.advantages is None else batch.advantages.to(device),
+    )  # fmt: skip
 
 
 def _checked(loss: object) -> Loss:

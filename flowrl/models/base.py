@@ -93,6 +93,11 @@ class PipelineModel(ABC):
             "negative_prompt": negative_prompt,
         } | ({self.embedded_argument: embedded_guidance} if self.embedded_argument else {})  # fmt: skip
         call = {name: p.default for name, p in inspect.signature(type(pipe).__call__).parameters.items()}
+        if negative_prompt is not None and "negative_prompt" not in call:
+            raise ModelError(
+                f"model {self.path!r}: the call of {type(pipe).__name__} takes no negative prompt. "
+                "Leave model.negative_prompt out."
+            )
         names = ("num_inference_steps", self.guidance_argument, self.embedded_argument, "max_sequence_length",
                  "height", "width", "num_frames", "negative_prompt", *self.further_arguments)  # fmt: skip
         known = tuple(dict.fromkeys([*(name for name in names if name in call), *recommended]))
@@ -249,6 +254,8 @@ class PipelineModel(ABC):
         asked = guidance is not None and self.guidance_argument
         own = {self.guidance_argument: guidance, **overrides} if asked else overrides
         call = first_given(tuple(dict.fromkeys([*self.inference, *own])), own, self.inference)
+        if (guidance or 0.0) > 1 and "negative_prompt" in inspect.signature(type(self.pipe).__call__).parameters:
+            call.setdefault("negative_prompt", self.empty_prompt)  # without one, some calls leave guidance out
         if self.grid == "linear" and self.grid_of_call != "linear":
             call["sigmas"] = linear_sigmas(call["num_inference_steps"])
         return call
@@ -277,8 +284,14 @@ class PipelineModel(ABC):
 
         Note: the scheduler's grid of a shifted model ends with a tiny step (0.0089 for SD3, T = 10); it is what
         inference walks, and so it is kept. `grid="linear"` has no such step.
+        ModelError for one step of a grid that is stretched to end at a time of its own.
         """
         scheduler = copy.deepcopy(self.pipe.scheduler)  # set_timesteps changes it
+        if num_steps == 1 and scheduler.config.get("shift_terminal"):
+            raise ModelError(
+                f"model {self.path!r}: one step, but its scheduler stretches the grid so that the last step begins at "
+                f"{scheduler.config.shift_terminal:g}, and the first begins at 1. Ask for at least two steps."
+            )
         given: dict[str, Any] = {"sigmas": linear_sigmas(num_steps)} if self.grid == "linear" else {}
         if scheduler.config.get("use_dynamic_shifting"):
             given["mu"] = self.shift(num_steps, height, width, frames)

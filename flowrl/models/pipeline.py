@@ -145,6 +145,44 @@ def load_pipeline(
     return pipe.to(device)
 
 
+def sketch_pipeline(path: str | Path) -> Any:
+    """The pipeline at `path` without a single weight: its networks have shapes (torch's meta device), and no storage.
+
+    Only configuration files and tokenizers are read, or fetched: a few megabytes of a model of any size.
+    """
+    import importlib
+
+    from accelerate import init_empty_weights
+
+    source = resolve(path)
+    index = read_json(source, INDEX) or {}
+    with _errors(source):
+        import diffusers
+
+        kind = getattr(diffusers, index["_class_name"])
+        parts = {}
+        for name, (library, class_name) in ((n, v) for n, v in index.items() if isinstance(v, list) and len(v) == 2):
+            if library is None:
+                parts[name] = None
+                continue
+            module = diffusers if library == kind.__module__.split(".")[-2] else importlib.import_module(library)
+            make = getattr(module, class_name)
+            if not issubclass(make, torch.nn.Module):
+                parts[name] = make.from_pretrained(source, subfolder=name)
+                continue
+            with init_empty_weights(include_buffers=True):
+                if hasattr(make, "load_config"):
+                    parts[name] = make.from_config(make.load_config(source, subfolder=name))
+                else:
+                    parts[name] = make(make.config_class.from_pretrained(source, subfolder=name))
+        settings = {n: v for n, v in index.items() if not n.startswith("_") and not isinstance(v, list)}
+        pipe = kind(**parts, **settings)
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    return pipe
+
+
 def read_inference(path: str | Path, pipe: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings that a model's or an export's folder recommends: `inference.json` holds arguments of the call.
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import samplers
-from flowrl import tiny
+from flowrl import comfyui, tiny
 from flowrl.models import ModelError, load
+from flowrl.policy import Policy, load_weights
 from flowrl.types import take
+from flowrl.weights import FORMATS
 from tests.models.tiny import euler
 
 pytestmark = pytest.mark.slow
@@ -45,11 +47,12 @@ def drawn_by_diffusers(model, texts, eps, guidance, output="latent", **changed):
     """What the family's pipeline makes of this noise."""
     from torchvision.transforms.functional import to_pil_image
 
-    pipe = model.pipe
+    pipe = model.pipeline_with(guidance)
     call = inspect.signature(type(pipe).__call__).parameters
     arguments = model.arguments(guidance=guidance, **changed)
-    if guidance > 1 and "negative_prompt" in call:
-        arguments["negative_prompt"] = [model.inference.get("negative_prompt") or model.empty_prompt] * len(texts)
+    negative = model.inference.get("negative_prompt") or model.empty_prompt
+    if guidance > 1 and "negative_prompt" in call and negative is not None:
+        arguments["negative_prompt"] = [negative] * len(texts)
     if given := sources(model, len(texts)):
         pictures = [[to_pil_image(picture) for picture in each] for each in given]
         arguments["image"] = pictures[0] if len(pictures[0]) > 1 else pictures[0][0]
@@ -81,7 +84,7 @@ def test_sampling_is_the_pipeline_s(model):
     eps = noise(model, len(texts))
     steps = model.inference["num_inference_steps"]
     for guidance in allowed(model):
-        mine = model.pipeline_latents(sampled(model, texts, eps, guidance, steps))
+        mine = model.pipeline_output(sampled(model, texts, eps, guidance, steps))
         theirs = drawn_by_diffusers(model, texts, eps, guidance)
         assert mine.shape == theirs.shape
         assert torch.allclose(mine, theirs.float(), atol=1e-5 * float(theirs.abs().max().clamp(min=1))), (
@@ -90,11 +93,12 @@ def test_sampling_is_the_pipeline_s(model):
 
 
 def test_one_step_moves_as_the_pipeline_s(model):
-    texts = prompts(model)
+    """Two steps, where the scheduler's grid cannot have one: it would divide 0 by 0."""
+    texts, steps = prompts(model), 2 if model.pipe.scheduler.config.get("shift_terminal") else 1
     eps = noise(model, len(texts), seed=1)
-    mine = model.pipeline_latents(sampled(model, texts, eps, 1.0, 1))
-    theirs = drawn_by_diffusers(model, texts, eps, 1.0, num_inference_steps=1)
-    assert not torch.allclose(mine, model.pipeline_latents(eps), atol=1e-2)  # it did move
+    mine = model.pipeline_output(sampled(model, texts, eps, 1.0, steps))
+    theirs = drawn_by_diffusers(model, texts, eps, 1.0, num_inference_steps=steps)
+    assert not torch.allclose(mine, model.pipeline_output(eps), atol=1e-2)  # it did move
     assert torch.allclose(mine, theirs.float(), atol=1e-5 * float(theirs.abs().max().clamp(min=1)))
 
 
@@ -193,3 +197,137 @@ def test_gradient_checkpointing_changes_no_gradient(model):
     assert largest > 0
     for name, gradient in found[0].items():
         assert torch.allclose(gradient, found[1][name], atol=1e-6 * max(1.0, largest)), name
+
+
+# ------------------------------------------------------------------------------------------------ learning and export
+
+LORA = {"rank": 2, "alpha": 6}  # a reader that takes alpha for the rank is wrong by a factor of 3
+EXPERTS = (0.9, 0.1)  # times of which either expert has one
+
+
+def adapted(model, seed=0):
+    """A policy on a fresh copy of the model whose adapters say something: B is no zero."""
+    policy = Policy(load(model.path), lora=LORA, guidance=allowed(model)[-1], seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in policy.model.trainable.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def changed(model, seed=0):
+    """A policy on a fresh copy of the model that learns all weights, and has learnt something."""
+    policy = Policy(load(model.path), guidance=allowed(model)[-1])
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def said(policy, texts):
+    """Velocities at times of both experts."""
+    cond = policy.encode(texts, *([given] if (given := sources(policy.model, len(texts))) else []))
+    eps = noise(policy.model, len(texts))
+    return torch.cat([policy.velocity(eps, torch.full((len(texts),), t), cond) for t in EXPERTS])
+
+
+def drawn_by_readme(model, folder, monkeypatch):
+    """What the code in an export's README loads, and its settings, make of a prompt and the test's noise."""
+    from torchvision.transforms.functional import to_pil_image
+
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0].splitlines()
+    assert code[-1].startswith(("pipe(", "export_to_video("))
+    monkeypatch.chdir(folder.parent)
+    names = {}
+    exec("\n".join(code[:-1]), names)
+    pipe, settings = names["pipe"], names["settings"]
+    pipe.set_progress_bar_config(disable=True)
+    if given := sources(model, 1):
+        pictures = [to_pil_image(picture) for picture in given[0]]
+        settings["image"] = pictures if len(pictures) > 1 else pictures[0]
+    latents = model.pipeline_latents(noise(model, 1))
+    with torch.no_grad():
+        return pipe(prompt=prompts(model)[0], latents=latents, output_type="latent", return_dict=False, **settings)[0]
+
+
+def check_export(policy, folder, monkeypatch):
+    """Equal latents in a fresh pipeline, that are not those of the base model."""
+    model, text = policy.model, prompts(policy.model)[:1]
+    with torch.no_grad():
+        ours, base = (
+            one.pipeline_output(
+                sampled(one, text, noise(one, 1), policy.guidance, model.inference["num_inference_steps"])
+            )
+            for one in (model, load(model.path))
+        )
+    size = float(ours.abs().max().clamp(min=1))
+    assert not torch.allclose(ours, base, atol=1e-2)
+    theirs = drawn_by_readme(model, folder, monkeypatch)
+    assert torch.allclose(theirs.float(), ours, atol=1e-5 * size), float((theirs - ours).abs().max()) / size
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_exported_adapter_draws_the_same(model, form, tmp_path, monkeypatch):
+    policy = adapted(model)
+    tables = [comfyui.LAYOUTS.get(type(getattr(policy.model.pipe, name)).__name__) for name in policy.model.components]
+    if form == "comfyui" and None in tables:
+        with pytest.raises(ModelError, match="no table of ComfyUI's layer names.*Take format diffusers"):
+            policy.export(tmp_path / "weights", form=form)
+        return
+    folder = policy.export(tmp_path / "weights", form=form)
+    if form == "comfyui" and not all(table.importer for table in tables):
+        assert "```" not in (folder / "README.md").read_text()  # tests/test_export.py checks its tensors
+        return
+    check_export(policy, folder, monkeypatch)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_exported_weights_draw_the_same(model, form, tmp_path, monkeypatch):
+    policy = changed(model)
+    if form in ("peft", "comfyui"):
+        with pytest.raises(ModelError, match="is for LoRA adapters"):
+            policy.export(tmp_path / "weights", form=form)
+        return
+    check_export(policy, policy.export(tmp_path / "weights", form=form), monkeypatch)
+
+
+def test_exported_weights_are_read_again(model, tmp_path):
+    text = prompts(model)[:1]
+    for make in (adapted, changed):
+        policy = make(model)
+        folder = policy.export(tmp_path / make.__name__)
+        own, frozen = make(model, seed=1), Policy(load(model.path), frozen=True, guidance=policy.guidance)
+        with torch.no_grad():
+            ours = said(policy, text)
+            assert not torch.allclose(said(own, text), ours, atol=1e-4)
+            for target in (own, frozen):
+                load_weights(target, folder)
+                assert torch.allclose(said(target, text), ours, atol=1e-5 * float(ours.abs().max().clamp(min=1)))
+
+
+@pytest.mark.parametrize("make", [adapted, changed])
+def test_a_step_changes_what_is_trained_and_nothing_else(model, make):
+    policy = make(model)
+    modules = {name: getattr(policy.model.pipe, name) for name in policy.model.components}
+    before = {name: {n: p.detach().clone() for n, p in part.named_parameters()} for name, part in modules.items()}
+    trained = {id(parameter) for parameter in policy.trainable_parameters()}
+    optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=1e-2, weight_decay=0.0)
+    said(policy, prompts(model)[:1]).square().mean().backward()
+    optimizer.step()
+    for name, part in modules.items():
+        moved = {n for n, p in part.named_parameters() if not torch.equal(p, before[name][n])}
+        learns = {n for n, p in part.named_parameters() if id(p) in trained}
+        assert moved <= learns and len(moved) > len(learns) / 2, (name, learns - moved)
+
+
+@pytest.mark.parametrize("make", [adapted, changed])
+def test_a_state_goes_on_bit_by_bit(model, make):
+    policy, other = make(model), make(model, seed=1)
+    text = prompts(model)[:1]
+    with torch.no_grad():
+        ours = said(policy, text)
+        assert not torch.equal(said(other, text), ours)
+        other.load_state_dict(policy.state_dict())
+        assert torch.equal(said(other, text), ours)

@@ -75,6 +75,7 @@ class PipelineModel(ABC):
         decode_micro_batch: int | None = None,
     ) -> None:
         self.pipe, self.path = pipe, path or pipe.name_or_path or ""
+        self._check_pipeline()
         self.trainable: nn.Module = self.network()
         self.dtype: torch.dtype = getattr(pipe, self.components[0]).dtype
         self.decode_micro_batch = decode_micro_batch
@@ -380,6 +381,20 @@ class PipelineModel(ABC):
         if self._empty is None:
             self._empty = self.encode_negative([text], ())
         return {NEGATIVE + name: value.expand(count, *value.shape[1:]) for name, value in self._empty.items()}
+
+    def _check_pipeline(self) -> None:
+        kinds = [kind.__name__ for kind in type(self.pipe).__mro__]
+        if not set(kinds) & set(self.pipelines):
+            raise ModelError(
+                f"model {self.path!r} is a {kinds[0]}, and {type(self).__name__} serves {', '.join(self.pipelines)}. "
+                "Leave model.family out: model_index.json says which it is."
+            )
+        absent = [name for name in (self.components[0], "vae", "scheduler") if getattr(self.pipe, name, None) is None]
+        if absent:
+            raise ModelError(
+                f"model {self.path!r} comes without {', '.join(absent)}. Give a complete pipeline: a folder as "
+                "save_pretrained writes it, or load those parts and pass them on."
+            )
 
     def _check_sources(self, prompts: Sequence[str], sources: Sources) -> None:
         fewest, most = self.num_sources

@@ -22,9 +22,8 @@ from flowrl import resolve as names
 from flowrl import tiny
 from flowrl.types import Model
 
-BUILT_IN = {"shapes": "weights", "shapes_video": "weights_video"}
-"""Names of the models that lie inside this package, and their folders in flowrl/shapes."""
-_SHAPES = "flowrl.shapes"
+BUILT_IN = {"shapes": "flowrl.shapes/weights", "shapes_video": "flowrl.shapes/weights_video"}
+"""Names of the models that lie inside this package, and the package/folder that each is in."""
 
 FAMILIES = "flowrl.models"
 INDEX = "model_index.json"
@@ -46,7 +45,10 @@ def resolve(path: str | Path) -> str:
     name = str(path)
     if name.startswith(tiny.PREFIX):
         return _tiny(name)
-    folder = Path(str(importlib.resources.files(_SHAPES) / BUILT_IN[name])) if name in BUILT_IN else Path(name)
+    folder = Path(name)
+    if name in BUILT_IN:
+        package, _, inside = BUILT_IN[name].partition("/")
+        folder = Path(str(importlib.resources.files(package) / inside))
     folder = folder.expanduser()
     if (folder / INDEX).is_file():
         return str(folder)
@@ -132,8 +134,10 @@ def load_pipeline(
         from diffusers import DiffusionPipeline
 
         dtypes = {"default": dtype, "vae": torch.float32}
-        absent = dict.fromkeys(_absent_parts(read_json(source, INDEX) or {}))
-        with _quiet() if str(path) in BUILT_IN else nullcontext():
+        index = read_json(source, INDEX) or {}
+        _check_parts(source, index)
+        absent = dict.fromkeys(_absent_parts(index))
+        with _quiet() if str(path) in BUILT_IN or str(path).startswith(tiny.PREFIX) else nullcontext():
             # Never a .bin, which is a pickle: a model without safetensors is refused.
             pipe: Any = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
                 source, dtype=dtypes, use_safetensors=True, **absent, **(loading or {})
@@ -292,6 +296,18 @@ def _quiet() -> Iterator[None]:
         diffusers_log.set_verbosity(verbosity)
         for log in bars:
             log.enable_progress_bar()
+
+
+def _check_parts(source: str, index: Mapping[str, Any]) -> None:
+    """Refuse a local folder that lacks a part which its index names."""
+    folder = Path(source)
+    named = {name: value for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+    absent = [f"{name}/ ({value[1]})" for name, value in named.items() if not (folder / name).is_dir()]
+    if folder.is_dir() and absent:
+        raise ModelError(
+            f"model {source!r} lacks {', '.join(absent)}, which its {INDEX} names. Fetch it again (`hf download`), or "
+            "give the folder of a complete copy."
+        )
 
 
 def _absent_parts(index: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Finding and loading models, and what is said when it fails."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,8 +10,38 @@ import pytest
 import torch
 
 from flowrl import models
-from flowrl.models import ModelError, pipeline
+from flowrl.models import ModelError, load, pipeline, resolve
 from flowrl.resolve import ResolveError
+
+
+@pytest.mark.parametrize("part", ["vae", "scheduler", "transformer", "text_encoder_2"])
+def test_a_missing_part_is_named(tmp_path, part):
+
+    folder = tmp_path / "model"
+    shutil.copytree(resolve("tiny/sd3"), folder)
+    shutil.rmtree(folder / part)
+    with pytest.raises(ModelError, match=rf"lacks {part}/ \(.*model_index.json names.*hf download"):
+        load(folder)
+
+
+def test_a_part_that_was_left_out_is_named(tmp_path):
+
+    folder = tmp_path / "model"
+    shutil.copytree(resolve("tiny/sd3"), folder)
+    index = json.loads((folder / "model_index.json").read_text()) | {"vae": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="comes without vae"):
+        load(folder)
+
+
+def test_weights_of_another_family_are_refused():
+    with pytest.raises(ModelError, match="is a StableDiffusion3Pipeline, and Flux serves FluxPipeline"):
+        load("tiny/sd3", family="flux")
+
+
+def test_an_unknown_tiny_name_is_refused_with_the_nearest():
+    with pytest.raises(ModelError, match="did you mean 'sd3'"):
+        load("tiny/sd33")
 
 
 def test_importing_the_models_imports_no_diffusers():
@@ -23,7 +54,10 @@ def test_importing_the_models_imports_no_diffusers():
 
 def test_a_family_is_read_from_the_folder(tiny_sd3):
     assert models.family_of(tiny_sd3) == "sd3"
-    assert models.families() == {"sd3": ("StableDiffusion3Pipeline",)}
+    families = models.families()
+    assert families["sd3"] == ("StableDiffusion3Pipeline",) and families["wan"] == ("WanPipeline",)
+    served = [name for pipelines in families.values() for name in pipelines]
+    assert len(served) == len(set(served))  # a pipeline has one family
 
 
 def test_everything_is_frozen_and_in_evaluation_mode(sd3):
@@ -39,7 +73,7 @@ def test_a_built_in_model_is_only_a_path(tiny_sd3, tmp_path, monkeypatch, capfd)
     (package / "__init__.py").touch()
     (package / "weights").symlink_to(tiny_sd3, target_is_directory=True)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(pipeline.BUILT_IN, "world", "packaged_world")
+    monkeypatch.setitem(pipeline.BUILT_IN, "world", "packaged_world/weights")
     capfd.readouterr()
     model = models.load("world")
     assert capfd.readouterr().err == ""  # no bars, no warnings
@@ -47,7 +81,7 @@ def test_a_built_in_model_is_only_a_path(tiny_sd3, tmp_path, monkeypatch, capfd)
 
 
 def test_built_in_weights_that_were_not_installed(monkeypatch):
-    monkeypatch.setitem(pipeline.BUILT_IN, "world", "flowrl.engine")
+    monkeypatch.setitem(pipeline.BUILT_IN, "world", "flowrl.engine/weights")
     with pytest.raises(ModelError, match="'world': its weights are missing from this installation.*reinstall"):
         models.load("world")
 
@@ -68,9 +102,9 @@ def test_paths_that_lead_nowhere(tmp_path):
 
 
 def test_a_pipeline_of_no_family(tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "MochiPipeline"}')
     with pytest.raises(
-        ModelError, match=r"is a FluxPipeline.*there are: sd3 \(StableDiffusion3Pipeline\).*model.family"
+        ModelError, match=r"is a MochiPipeline.*there are: .*sd3 \(StableDiffusion3Pipeline\).*model.family"
     ):
         models.load(tmp_path)
     with pytest.raises(ResolveError, match="did you mean 'sd3'"):
@@ -89,13 +123,16 @@ def test_files_that_are_not_what_they_should_be(tmp_path, tiny_sd3):
     with pytest.raises(ModelError, match="model_index.json is not valid JSON"):
         models.load(tmp_path)
     (tmp_path / "model_index.json").write_text((tiny_sd3 / "model_index.json").read_text())
-    with pytest.raises(ModelError, match="could not be read.*complete copy"):
+    with pytest.raises(ModelError, match="lacks scheduler/.*complete copy"):
         models.load(tmp_path)
 
 
 def test_settings_that_the_pipeline_does_not_take(tmp_path, sd3):
     (tmp_path / "inference.json").write_text(json.dumps({"num_steps": 3}))
-    with pytest.raises(ModelError, match="inference.json has num_steps, which the call of StableDiffusion3Pipeline"):
+    with pytest.raises(
+        ModelError,
+        match="inference.json .or model.inference. has num_steps, which the call of Stable",
+    ):
         models.read_inference(tmp_path, sd3.pipe)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.util
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from flowrl.evaluate import Evaluation, paired_gain
 from flowrl.log import EVALUATIONS
+from flowrl.video import save_video
 
 Row = tuple[str, float | None, float | None, float | None, float | None]
 """name, before, after, gain, standard error of the gain."""
@@ -26,18 +28,17 @@ Row = tuple[str, float | None, float | None, float | None, float | None]
 
 
 def save_grid(evaluation: Evaluation, path: Path, count: int, cell: int = 144, fps: float | None = None) -> None:
-    """A PNG with `count` samples, spread over the prompts, each above its prompt; of videos, one that moves (APNG)."""
-    sheets = grid_frames(evaluation, count, cell)
-    if sheets:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _save_frames(sheets, path, fps)
+    """A PNG with `count` samples, spread over the prompts, each above its prompt.
 
-
-def grid_frames(evaluation: Evaluation, count: int, cell: int = 144) -> list[Image.Image]:
-    """The grid of each frame; none where there are no media."""
+    Of videos it moves (APNG, which browsers play), and lies beside an MP4 of the same where PyAV is installed.
+    """
     if evaluation.media is None or count == 0:
-        return []
-    return [_grid(evaluation, evaluation.media[:, frame], count, cell) for frame in range(evaluation.media.shape[1])]
+        return
+    sheets = [_grid(evaluation, frame, count, cell) for frame in evaluation.media.unbind(1)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _save_frames(sheets, path, fps)
+    if len(sheets) > 1 and importlib.util.find_spec("av"):
+        save_video(torch.stack([_to_tensor(sheet) for sheet in sheets]), path.with_suffix(".mp4"), fps)
 
 
 def _save_frames(frames: Sequence[Image.Image], path: Path, fps: float | None) -> None:
@@ -90,6 +91,12 @@ def spread(total: int, count: int) -> list[int]:
 def to_image(picture: Tensor) -> Image.Image:
     """A picture [3,H,W] in [0,1] as a PIL image."""
     return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def _to_tensor(picture: Image.Image) -> Tensor:
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(
+        picture.height, picture.width, 3
+    ).permute(2, 0, 1) / 255  # fmt: skip
 
 
 def _wrapped(text: str, width: int) -> list[str]:

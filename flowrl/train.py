@@ -414,12 +414,8 @@ class Trainer:
                 held_out=self.held_out,
             )  # fmt: skip
             summary = found.summary() | {"train_seconds": self.seconds}
-            save_grid(
-                found,
-                self.folder / "samples" / f"{self.iteration:06d}.png",
-                settings.grid_prompts,
-                fps=self.geometry.fps,
-            )
+            grid = self.folder / "samples" / f"{self.iteration:06d}.png"
+            save_grid(found, grid, settings.grid_prompts, fps=self.geometry.fps)
             self._remember_scores(found)
             if self.held_out is not None:
                 done = [*map(int, self.evaluations), self.iteration]

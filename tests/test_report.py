@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from flowrl.evaluate import Evaluation
-from flowrl.report import comparison, save_grid, spread, to_image, write_report
+from flowrl.report import comparison, save_grid, save_pair, spread, to_image, write_report
 from flowrl.types import Prompt
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
@@ -24,6 +24,30 @@ def evaluation(texts, size=16, frames=1):
 
 
 # ------------------------------------------------------------------------------------------------ pictures
+
+
+def test_a_grid_of_videos_moves_and_is_an_mp4_too(tmp_path):
+    av = pytest.importorskip("av")
+
+    media = torch.zeros(4, 5, 3, 16, 16)
+    for frame in range(5):
+        media[:, frame, 0, :, 3 * frame : 3 * frame + 3] = 1  # a red bar that moves to the right
+    found = Evaluation(prompts=[Prompt(id=i, text="x") for i in range(4)], scores={}, measures={}, media=media)
+    for name in ("before", "after"):
+        save_grid(found, tmp_path / f"{name}.png", 4, fps=4)
+    with Image.open(tmp_path / "before.png") as image:
+        assert image.n_frames == 5 and image.info["duration"] == 250
+        size = image.size
+        first = image.convert("RGB").getpixel((10, 40))  # inside the first picture, at its left
+        image.seek(4)
+        last = image.convert("RGB").getpixel((10, 40))
+    assert first[0] > 200 > last[0]  # the bar was there, and has gone
+    with av.open(str(tmp_path / "before.mp4")) as video:
+        frames = [frame.to_image() for frame in video.decode(video=0)]
+    assert len(frames) == 5 and frames[0].size == (size[0] + size[0] % 2, size[1] + size[1] % 2)
+    save_pair(tmp_path / "before.png", tmp_path / "after.png", tmp_path / "pair.png")
+    with Image.open(tmp_path / "pair.png") as image:
+        assert image.n_frames == 5
 
 
 def test_a_picture_keeps_its_colours_and_is_clamped():

@@ -42,10 +42,6 @@ class QwenImage(PipelineModel):
     guidance_argument: ClassVar[str] = "true_cfg_scale"
     empty_prompt: ClassVar[str] = " "
 
-    def call_defaults(self) -> dict[str, Any]:
-        """The size, and the negative prompt: without one the pipeline's call does not guide at all."""
-        return super().call_defaults() | {"negative_prompt": self.empty_prompt}
-
     @property
     def latent_channels(self) -> int:
         """C; the network sees 2 x 2 latents as one token."""
@@ -108,7 +104,8 @@ def packed(x: Tensor) -> Tensor:
 def unpacked(tokens: Tensor, like: Tensor) -> Tensor:
     """The first of tokens [N,R,4C] as latents of the shape of `like` [N,C,h,w]; the inverse of `packed`."""
     _, rows, columns = grid(like)
-    return pixel_shuffle(tokens[:, : rows * columns].transpose(1, 2).unflatten(2, (rows, columns)), 2)
+    channels = tokens[:, : rows * columns].transpose(1, 2)
+    return pixel_shuffle(channels.reshape(*channels.shape[:2], rows, columns), 2)
 
 
 def grid(x: Tensor) -> Grid:

@@ -45,8 +45,8 @@ class VariancePreserving(PipelineModel):
 
     Note: the grid ends at t = 0. Schedulers with set_alpha_to_one=False or final_sigmas_type="sigma_min" stop at the
     table's first level instead (t = 0.028 for SD1.5) and hand the VAE a little noise.
-    Note: the grid starts at the table's last level (t = 0.936 for SD1.5), above which the network knows nothing:
-    a state of a later time is read as one of that level.
+    Note: no grid starts above the table's last level (t = 0.936 for SD1.5), where the network knows nothing: a state
+    of such a time, which a method may draw, is read as one of that level.
     """
 
     @abstractmethod

@@ -11,7 +11,7 @@ INFERENCE = {"sd15": _CALL, "sd21": _CALL, "sdxl": _CALL}
 
 
 def sd15() -> Any:
-    """A StableDiffusionPipeline of 0.2M numbers that predicts the noise, with the times of 1.5."""
+    """A StableDiffusionPipeline of 0.1M numbers that predicts the noise, with the times of 1.5."""
     return _stable_diffusion(_ddim())
 
 
@@ -24,7 +24,7 @@ def sd21() -> Any:
 
 
 def sdxl() -> Any:
-    """A StableDiffusionXLPipeline of 0.2M numbers with both text encoders and the scheduler of SDXL."""
+    """A StableDiffusionXLPipeline of 0.1M numbers with both text encoders and the scheduler of SDXL."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     (first, words), (second, words_2) = _text.clip(), _text.clip(projection=16)
@@ -55,7 +55,7 @@ def _unet(**config: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=4, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
+        sample_size=4, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4, norm_num_groups=4, **config,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from flowrl.models.pipeline import ModelError, chunked, first_given
 from flowrl.types import Cond, padded
@@ -423,6 +424,17 @@ class PipelineModel(ABC):
         config, shape = self.pipe.vae.config, (1, -1, *[1] * (like.ndim - 2))
         mean, std = (torch.tensor(config[name]).to(like).reshape(shape) for name in ("latents_mean", "latents_std"))
         return mean, std
+
+
+def packed(x: Tensor) -> Tensor:
+    """Latents [N,C,h,w] as tokens [N,S,4C], row by row."""
+    return pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
+
+
+def unpacked(tokens: Tensor, like: Tensor) -> Tensor:
+    """The first of tokens [N,S,4C] as latents of the shape of `like` [N,C,h,w]; the inverse of `packed`."""
+    h, w = like.shape[-2] // 2, like.shape[-1] // 2
+    return pixel_shuffle(tokens[:, : h * w].transpose(1, 2).unflatten(2, (h, w)), 2)
 
 
 def clamp(media: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from flowrl.models.base import PipelineModel, Sources
+from flowrl.models.base import PipelineModel, Sources, packed, unpacked
 from flowrl.types import Cond
 
 TRAIN_STEPS = 1000
@@ -94,17 +93,6 @@ class Flux(PipelineModel):
 def network_time(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Times [N] as the network is given them: rounded to its dtype as timesteps, as the pipeline's call does it."""
     return (t * TRAIN_STEPS).to(dtype) / TRAIN_STEPS
-
-
-def packed(x: Tensor) -> Tensor:
-    """Latents [N,C,h,w] as tokens [N,S,4C], row by row."""
-    return pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
-
-
-def unpacked(tokens: Tensor, like: Tensor) -> Tensor:
-    """The first of tokens [N,S,4C] as latents of the shape of `like` [N,C,h,w]; the inverse of `packed`."""
-    h, w = like.shape[-2] // 2, like.shape[-1] // 2
-    return pixel_shuffle(tokens[:, : h * w].transpose(1, 2).unflatten(2, (h, w)), 2)
 
 
 def grid(x: Tensor, kinds: Sequence[int]) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
-from flowrl.models.base import Sources
-from flowrl.models.flux import Flux, grid, network_time, packed, unpacked
+from flowrl.models.base import Sources, packed, unpacked
+from flowrl.models.flux import Flux, grid, network_time
 from flowrl.models.pipeline import ModelError, first_given
 from flowrl.types import Cond, padded
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowrl.models.base import Sources
-from flowrl.models.flux import Flux, grid, packed
+from flowrl.models.base import Sources, packed
+from flowrl.models.flux import Flux, grid
 from flowrl.types import Cond
 
 

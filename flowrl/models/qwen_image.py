@@ -11,9 +11,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from flowrl.models.base import PipelineModel, Sources
+from flowrl.models.base import PipelineModel, Sources, packed, unpacked
 from flowrl.types import Cond
 
 Grid = tuple[int, int, int]
@@ -94,18 +93,6 @@ class QwenImage(PipelineModel):
         vae = self.pipe.vae
         frame = media.to(vae.device, vae.dtype).transpose(1, 2) * 2 - 1
         return self.scale(vae.encode(frame, return_dict=False)[0].mode().squeeze(2).float())
-
-
-def packed(x: Tensor) -> Tensor:
-    """Tokens [N,R,4C] of latents [N,C,h,w], row by row."""
-    return pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
-
-
-def unpacked(tokens: Tensor, like: Tensor) -> Tensor:
-    """The first of tokens [N,R,4C] as latents of the shape of `like` [N,C,h,w]; the inverse of `packed`."""
-    _, rows, columns = grid(like)
-    channels = tokens[:, : rows * columns].transpose(1, 2)
-    return pixel_shuffle(channels.reshape(*channels.shape[:2], rows, columns), 2)
 
 
 def grid(x: Tensor) -> Grid:

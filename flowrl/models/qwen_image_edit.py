@@ -14,8 +14,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from flowrl.models.base import Sources
-from flowrl.models.qwen_image import Grid, QwenImage, grid, packed, unpacked
+from flowrl.models.base import Sources, packed, unpacked
+from flowrl.models.qwen_image import Grid, QwenImage, grid
 from flowrl.types import Cond, padded, take
 
 

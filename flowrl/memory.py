@@ -56,11 +56,11 @@ def loading_options(settings: ModelConfig) -> dict[str, Any]:
 
 
 def _check_quantisation(component: str, method: str) -> None:
-    family = method.partition("_")[0]
-    where, package = f"model.quantization: {component}: {method}", _PACKAGES[family]
+    maker = method.partition("_")[0]
+    where, package = f"model.quantization: {component}: {method}", _PACKAGES[maker]
     if find_spec(package) is None:
         raise ModelError(f'{where} needs the package {package}: pip install -e ".[quant]", or leave it out.')
-    if family == "bnb" and not torch.accelerator.is_available():
+    if maker == "bnb" and not torch.accelerator.is_available():
         raise ModelError(f"{where} needs an accelerator, and here is none. Set torchao_int8, or leave it out.")
 
 

@@ -8,7 +8,7 @@ range clips noise.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ def deviations(
     """float32 and bfloat16 on a device: `samples` of the model drawn together, evaluated again together and singly."""
     for dtype in (torch.float32, torch.bfloat16):
         model = load(path, device=device, dtype=dtype)
-        cond = model.encode(["a red circle and a blue star"])
+        cond = model.encode(["a red circle and a blue star"], stand_ins(model))
         roots, zero = torch.arange(samples), torch.zeros(samples, dtype=torch.long)
         frames = getattr(model, "frames", 1)
         shape = model.noise_shape(model.height, model.width, frames)
@@ -42,13 +42,20 @@ def deviations(
         with torch.no_grad():
             walked = rollout(
                 lambda x, t, i, model=model, cond=cond: model.velocity(x, t, take(cond, torch.zeros_like(i))),
-                noise(roots, zero, -1), plan, flow_sde, eta=ETA, prompt=roots, group=roots, noise=noise,
+                model.start(noise(roots, zero, -1), plan.times[0]), plan, flow_sde, eta=ETA, prompt=roots, group=roots, noise=noise,
             )  # fmt: skip
             apart = [
                 max(_apart(model, cond, walked, list(part)) for part in torch.arange(len(walked.t)).split(size))
                 for size in (samples, 1)
             ]
         yield Deviation(str(dtype).removeprefix("torch."), *apart)
+
+
+def stand_ins(model: Any, height: int | None = None, width: int | None = None) -> list[tuple[torch.Tensor, ...]]:
+    """Black source pictures of one prompt, as few as the model must have, each [3,H,W]; [] where it needs none."""
+    needed = getattr(model, "num_sources", (0, 0))[0]
+    sides = (height or model.height, width or model.width)
+    return [tuple(torch.zeros(3, *sides) for _ in range(needed))] if needed else []
 
 
 def _apart(model: object, cond: dict[str, torch.Tensor], walked: Trajectory, rows: list[int]) -> float:

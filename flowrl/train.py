@@ -271,7 +271,7 @@ class Trainer:
     def _build_policy(self) -> Policy:
         config = self.config
         needs = self.algorithm.needs
-        model = load_model(config)
+        model = self._load_model()
         self.in_effect = fit(model, config.model, self.engine.device)
         return Policy(
             model, lora=config.model.lora and config.model.lora.model_dump(),
@@ -282,6 +282,9 @@ class Trainer:
             device=self.engine.device, seed=config.seed,
             gradient_checkpointing=config.model.gradient_checkpointing,
         )  # fmt: skip
+
+    def _load_model(self) -> Any:
+        return load_model(self.config)
 
     def _agree(self) -> None:
         """Refuse to go on where processes are at different iterations: their folders are not one shared folder."""

@@ -42,7 +42,8 @@ def deviations(
         with torch.no_grad():
             walked = rollout(
                 lambda x, t, i, model=model, cond=cond: model.velocity(x, t, take(cond, torch.zeros_like(i))),
-                model.start(noise(roots, zero, -1), plan.times[0]), plan, flow_sde, eta=ETA, prompt=roots, group=roots, noise=noise,
+                model.start(noise(roots, zero, -1), plan.times[0]), plan, flow_sde, eta=ETA,
+                prompt=roots, group=roots, noise=noise,
             )  # fmt: skip
             apart = [
                 max(_apart(model, cond, walked, list(part)) for part in torch.arange(len(walked.t)).split(size))

@@ -1,4 +1,4 @@
-"""The trained model: which weights learn, what they were at first, their average, and their export to diffusers.
+"""The trained model: which weights learn, what they were at first, their average, and their export.
 
     policy = Policy(load("shapes"), lora={"rank": 16, "alpha": 32}, ema_decay=0.95)
     with policy.role("rollout"):
@@ -13,28 +13,37 @@ Symbols: P prompts, N samples, *L latent dimensions.
 from __future__ import annotations
 
 import copy
-import functools
-import json
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import Parameter
 
-from flowrl import tiny
 from flowrl.ema import EMA
-from flowrl.models.pipeline import BUILT_IN, INFERENCE, LORA_WEIGHTS, ModelError
+from flowrl.models.pipeline import ModelError
 from flowrl.types import Cond, Model
-
-ADAPTER = "default"
-_METADATA = "lora_adapter_metadata"
-_UNFIT = "does not fit the model. Give weights that were trained on the base model of model.path"
+from flowrl.weights import (
+    ADAPTER,
+    Format,
+    Learnt,
+    check_readable,
+    components_of,
+    exported_weights,
+    is_lora,
+    load_adapter,
+    load_components,
+    load_copy,
+    load_lora,
+    lora_file,
+    read_lora,
+    shapes_of,
+    write,
+)
 
 
 class Lora(BaseModel):
@@ -95,7 +104,7 @@ class Policy:
         self._module: Any = model.trainable
         self._module.requires_grad_(False)
         self._parts = parts_of(model, self._module)
-        shapes = {name: _shapes(part) for name, part in self._parts.items()}
+        shapes = {name: shapes_of(part) for name, part in self._parts.items()}
         if not frozen and _has_adapters(self._parts):
             raise ModelError(
                 "the model carries adapters already, which training would silently switch off or mix in. "
@@ -114,7 +123,7 @@ class Policy:
         self._initial: torch.nn.Module | None = None
         self._overwritten = False
         folders = {name: exported_weights(name) for name in teachers}
-        if self.lora is None and (reference or any(map(_is_lora, folders.values()))):
+        if self.lora is None and (reference or any(map(is_lora, folders.values()))):
             self._initial = copy.deepcopy(self._module).requires_grad_(False)
         self._teachers = {name: self._load_teacher(name, folder, shapes) for name, folder in folders.items()}
         self.ema = EMA(self._parameters, ema_decay, ema_warmup) if ema_decay is not None and self._parameters else None
@@ -251,30 +260,23 @@ class Policy:
             follower.load_state_dict(parts[kind])
         self.old_is_current = self._old is None or self._old.equals_weights()
 
-    def export(self, folder: str | Path, *, averaged: bool = True, inference: Mapping[str, Any] | None = None) -> Path:
-        """Writes what was learnt in diffusers' own format, with `inference.json` and a README that shows its use.
+    def export(
+        self, folder: str | Path, *, averaged: bool = True, inference: Mapping[str, Any] | None = None,
+        form: Format = "diffusers",
+    ) -> Path:  # fmt: skip
+        """Writes what was learnt in one of the formats of `flowrl.weights`, with `inference.json` and a README.
 
-        LoRA: what `pipe.load_lora_weights(folder)` takes. Full: the component, which `from_pretrained` takes.
         `inference` are arguments of the pipeline's call, over those of the model; guidance is the policy's.
         """
         if not self._parameters:
             raise ModelError("a frozen policy has learnt nothing that could be exported.")
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        model: Any = self.model
+        learnt = Learnt(
+            model=self.model, parts=self._parts, lora=self.lora is not None, guidance=self.guidance,
+            inference=inference or {},
+        )  # fmt: skip
         with self.averaged() if averaged else nullcontext():
-            if self.lora is not None:
-                for name, part in self._parts.items():
-                    _save_lora(model, name, part, target)
-            else:
-                for name, part in self._parts.items():
-                    save_component(part, target / name)
-        call = model.arguments(guidance=self.guidance, **(inference or {}))
-        (target / INFERENCE).write_text(json.dumps(call, indent=2) + "\n")
-        # A model that no pipeline of diffusers can walk says itself how it is used.
-        write = getattr(model, "readme", None) or functools.partial(_readme, model)
-        (target / "README.md").write_text(write(target.name, self.lora is not None))
-        return target
+            write(learnt, Path(folder), form)
+        return Path(folder)
 
     @contextmanager
     def _initial_weights(self) -> Iterator[None]:
@@ -316,9 +318,9 @@ class Policy:
     ) -> tuple[torch.nn.Module, str | None]:
         """A module, and which of its adapters is the teacher (None: the module has none)."""
         model: Any = self.model
-        if not _is_lora(folder):
+        if not is_lora(folder):
             copies = {
-                part: _load_copy(type(own), folder / part, model.dtype, shapes[part]).to(self.device)
+                part: load_copy(type(own), folder / part, model.dtype, shapes[part]).to(self.device)
                 for part, own in self._parts.items()
             }
             return (next(iter(copies.values())) if len(copies) == 1 else type(self._module)(copies)), None
@@ -327,7 +329,7 @@ class Policy:
         adapter = f"teacher_{max(len(getattr(part, 'peft_config', ())) for part in parts.values())}"
         for part, own in parts.items():
             file = lora_file(model, part)
-            _load_adapter(own, file.prefix, folder / file.name, adapter)
+            load_adapter(own, file.prefix, folder / file.name, adapter)
         self._activate(module, ADAPTER if self.lora is not None else None)
         return module, adapter
 
@@ -371,22 +373,6 @@ class Policy:
             parameter.copy_(weights[name])
 
 
-def exported_weights(folder: str | Path) -> Path:
-    """The folder of the exported weights at `folder`: a run that has ended, its `weights`, or any export.
-
-    ModelError where there are none.
-    """
-    source = Path(folder).expanduser()
-    for candidate in (source / "weights", source):
-        if (candidate / INFERENCE).is_file() or _is_lora(candidate):
-            return candidate
-    reason = "has no exported weights" if source.is_dir() else "is no folder"
-    raise ModelError(
-        f"weights {str(folder)!r}: {source.absolute()} {reason}. Give the output_dir of a run that has ended, or what "
-        "an export wrote (flowrl export RUN --output FOLDER)."
-    )
-
-
 def load_weights(target: Any, folder: str | Path) -> None:
     """Applies an exported folder to a policy, a model or a diffusers pipeline; the base model must be the same.
 
@@ -395,30 +381,20 @@ def load_weights(target: Any, folder: str | Path) -> None:
     """
     source = Path(folder).expanduser()
     model: Any = target.model if isinstance(target, Policy) else target
-    pipe = getattr(model, "pipe", model)
-    components = _components(model)
-    lora = _is_lora(source)
-    if not lora and not (source / components[0]).is_dir():
-        raise ModelError(
-            f"weights {str(folder)!r}: neither {LORA_WEIGHTS} nor a folder {components[0]}/ in it. "
-            "Give the folder that an export wrote, e.g. runs/<name>/weights."
-        )
+    check_readable(source, components_of(model)[0])
+    lora = is_lora(source)
     if isinstance(target, Policy) and target.lora is not None:
         if not lora:
             raise ModelError(f"weights {str(folder)!r} are a full export, the policy trains LoRA: build it without.")
-        _load_lora_into(target, source)
+        target._assign(read_lora(model, target._parts, source, target.lora.alpha))
     elif lora:
         if isinstance(target, Policy) and target.trainable_parameters():
             raise ModelError(
                 f"weights {str(folder)!r} are LoRA, the policy trains all weights: build it with that lora."
             )
-        for component in components:
-            file = lora_file(model, component)
-            pipe.load_lora_weights(str(source), weight_name=file.name, **file.options)
-            getattr(pipe, component).requires_grad_(False)
+        load_lora(model, source)
     else:
-        for component in components:
-            _load_component(getattr(pipe, component), source / component)
+        load_components(model, source)
         if isinstance(target, Policy):
             target._overwritten = True
     if isinstance(target, Policy):
@@ -445,187 +421,9 @@ def _add_lora(module: Any, lora: Lora, targets: Sequence[str], seed: int) -> Non
 
 def parts_of(model: Any, module: Any) -> dict[str, Any]:
     """The components in a model's trainable module, or in one that stands for it, by their names in the pipeline."""
-    names = _components(model)
+    names = components_of(model)
     return {names[0]: module} if len(names) == 1 else {name: module[name] for name in names}
-
-
-def _components(target: Any) -> tuple[str, ...]:
-    """The parts that learn, of a model, or of a bare pipeline, whose own `components` are all of its parts."""
-    if hasattr(target, "trainable"):
-        return tuple(getattr(target, "components", ("transformer",)))
-    known = ("transformer", "transformer_2", "unet")
-    return tuple(name for name in known if getattr(target, name, None) is not None)
 
 
 def _has_adapters(parts: Mapping[str, Any]) -> bool:
     return any(getattr(part, "peft_config", None) for part in parts.values())
-
-
-class LoraFile(NamedTuple):
-    """Where the adapters of a component lie in an export, and how diffusers is told so."""
-
-    name: str
-    prefix: str
-    options: dict[str, Any]
-    """Arguments of `load_lora_weights` besides the name of the file."""
-
-
-def lora_file(model: Any, component: str) -> LoraFile:
-    """The file of a component's adapters: experts after the first have one each, with the first one's key names."""
-    first, *others = _components(model)
-    if component == first:
-        return LoraFile(LORA_WEIGHTS, first, {})
-    name = LORA_WEIGHTS.replace(".", f"_{others.index(component) + 2}.")
-    return LoraFile(name, first, {f"load_into_{component}": True})
-
-
-def _save_lora(model: Any, component: str, module: Any, folder: Path) -> None:
-    """Adapters and their configuration, without which diffusers takes alpha to be the rank and loses the scale."""
-    from peft.utils import get_peft_model_state_dict
-
-    file = lora_file(model, component)
-    model.pipe.save_lora_weights(
-        folder,
-        weight_name=file.name,
-        **{
-            f"{file.prefix}_lora_layers": get_peft_model_state_dict(module, adapter_name=ADAPTER),
-            f"{file.prefix}_{_METADATA}": module.peft_config[ADAPTER].to_dict(),
-        },
-    )
-
-
-def save_component(module: Any, folder: Path) -> None:
-    """Writes a diffusers module, without the path of the machine that it came from."""
-    module.save_pretrained(folder, safe_serialization=True)
-    config = folder / "config.json"
-    content = json.loads(config.read_text())
-    content.pop("_name_or_path", None)  # a path of the machine that trained
-    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _load_lora_into(policy: Policy, folder: Path) -> None:
-    from safetensors import safe_open
-
-    found: dict[str, Tensor] = {}
-    for component in policy._parts:
-        file = lora_file(policy.model, component)
-        prefix, place = f"{file.prefix}.", f"{component}." if len(policy._parts) > 1 else ""
-        with safe_open(str(folder / file.name), framework="pt") as stored:
-            metadata = json.loads((stored.metadata() or {}).get(_METADATA, "{}"))
-            for key in stored.keys():
-                found[place + _with_adapter(key.removeprefix(prefix))] = stored.get_tensor(key)
-        alpha = metadata.get(f"{prefix}lora_alpha")
-        if policy.lora is not None and alpha is not None and alpha != policy.lora.alpha:
-            raise ModelError(
-                f"weights {str(folder / file.name)!r} have lora alpha {alpha}, the policy {policy.lora.alpha}: "
-                "make them equal."
-            )
-    policy._assign(found)
-
-
-def _with_adapter(name: str) -> str:
-    """`a.lora_A.weight`, as it is stored, to `a.lora_A.default.weight`, as the parameter is called."""
-    stem, _, last = name.rpartition(".")
-    return f"{stem}.{ADAPTER}.{last}"
-
-
-def _load_component(module: Any, folder: Path) -> None:
-    stored = type(module).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    try:
-        module.load_state_dict(stored.state_dict())
-    except RuntimeError as error:
-        raise ModelError(f"weights {str(folder)!r} do not fit the model: {error}") from error
-
-
-def _is_lora(folder: Path) -> bool:
-    return (folder / LORA_WEIGHTS).is_file()
-
-
-def _shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in module.named_parameters()}
-
-
-def _load_copy(kind: Any, folder: Path, dtype: torch.dtype, shapes: Mapping[str, torch.Size]) -> torch.nn.Module:
-    """A frozen module of the class `kind` from a full export; ModelError unless its parameters have these shapes."""
-    try:
-        module: torch.nn.Module = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"teacher {str(folder)!r} could not be read: {error}") from error
-    _check_teacher(folder, _shapes(module), shapes)
-    return module.requires_grad_(False).eval()
-
-
-def _load_adapter(module: Any, component: str, file: Path, adapter: str) -> None:
-    """One more adapter on a module, with the rank, alpha and targets of its export; ModelError if it does not fit."""
-    from peft.utils import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    with safe_open(str(file), framework="pt") as stored:
-        own = [key for key in stored.keys() if key.startswith(f"{component}.")]
-        asked = {key.removeprefix(f"{component}."): torch.Size(stored.get_slice(key).get_shape()) for key in own}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
-            module.load_lora_adapter(
-                str(file.parent), prefix=component, weight_name=file.name, use_safetensors=True, adapter_name=adapter
-            )
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ModelError(f"teacher {str(file)!r} {_UNFIT} ({error})") from error
-    found = get_peft_model_state_dict(module, adapter_name=adapter) if own else {}
-    _check_teacher(file, asked, {name: tensor.shape for name, tensor in found.items()})
-
-
-def _check_teacher(source: Path, stored: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> None:
-    wrong = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
-    if wrong or not stored:
-        example = f"{len(wrong)} tensors differ in name or shape, e.g. {wrong[0]}" if wrong else "it has no tensors"
-        raise ModelError(f"teacher {str(source)!r} {_UNFIT} ({example})")
-
-
-_DRAW = 'pipe("your prompt", generator=torch.manual_seed(0), **settings)'
-_SHOW_IMAGE = (f'{_DRAW}.images[0].save("image.png")',)
-_SHOW_VIDEO = (
-    "from diffusers.utils import export_to_video",
-    f'export_to_video({_DRAW}.frames[0], "video.mp4")',
-)
-
-
-def _readme(model: Any, folder: str, lora: bool) -> str:
-    pipe, name, parts = model.pipe, type(model.pipe).__name__, model.components
-    # diffusers reloads a pipeline that has no T5, say, only where it is told so.
-    extra = "".join(
-        f", {key}=None"
-        for key, value in pipe.components.items()
-        if value is None and key not in pipe._optional_components
-    )
-    head, base = ["import json, torch"], f'"{model.path}"'
-    if model.path in BUILT_IN or model.path.startswith(tiny.PREFIX):  # names that only flowrl can turn into a folder
-        head.append("from flowrl.models import resolve")
-        base = f"resolve({base})"
-    if lora:
-        body = [
-            f"from diffusers import {name}",
-            f"pipe = {name}.from_pretrained({base}, dtype={model.dtype}{extra})",
-        ]
-        for part in parts:
-            file = lora_file(model, part)
-            given = "".join(f", {key}={value}" for key, value in file.options.items())
-            body.append(f'pipe.load_lora_weights("{folder}", weight_name="{file.name}"{given})')
-    else:
-        kinds = {part: type(getattr(pipe, part)).__name__ for part in parts}
-        given = ", ".join(f"{part}={part}" for part in parts)
-        body = [
-            f"from diffusers import {', '.join(sorted({*kinds.values(), name}))}",
-            *(
-                f'{part} = {kind}.from_pretrained("{folder}/{part}", dtype={model.dtype})'
-                for part, kind in kinds.items()
-            ),
-            f"pipe = {name}.from_pretrained({base}, {given}, dtype={model.dtype}{extra})",
-        ]
-    tail = [
-        f'settings = json.load(open("{folder}/{INFERENCE}"))  # guidance, size and steps of the training',
-        *(_SHOW_VIDEO if getattr(model, "video", False) else _SHOW_IMAGE),
-    ]
-    code = "\n".join([*head, *body, *tail])
-    title = f"{'LoRA' if lora else 'Weights'} for {model.path}"
-    return f"# {title}\n\nTrained with flowrl. To use it, in the folder above this one:\n\n```python\n{code}\n```\n"

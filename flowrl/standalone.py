@@ -14,20 +14,24 @@ import torch
 from flowrl import checkpoint
 from flowrl.collect import Conditions, Geometry, Guidance, sample
 from flowrl.config import Config, load_config
-from flowrl.data import BUILT_IN, load_prompts
+from flowrl.data import BUILT_IN, SOURCE, load_prompts
 from flowrl.engine import default_device
 from flowrl.evaluate import Evaluation, evaluate, evaluation_prompts, mean_and_error, paired_gain
 from flowrl.latent_reward import LatentReward, guided_by
-from flowrl.models.pipeline import LORA_WEIGHTS, load, read_inference
+from flowrl.models.pipeline import INFERENCE, LORA_WEIGHTS, load, read_json
 from flowrl.policy import Policy, load_weights
 from flowrl.report import save_grid
 from flowrl.resolve import resolve
 from flowrl.train import geometry_of, inference_settings, load_model
 from flowrl.types import Prompt
+from flowrl.weights import Format
 from rewards import RewardHub
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+VIDEO = ".mp4"
 
 
 class RunError(ValueError):
@@ -131,14 +135,17 @@ def _cell(mean: float | None, error: float | None) -> str:
 
 def sample_grid(
     prompts: Sequence[str], *, model: str, weights: Path | None, count: int, num_steps: int | None,
-    guidance: float | None, seed: int, output: Path, tuned_share: float = 1.0, guides: Sequence[str] = (),
-    t_range: tuple[float, float] = (0.0, 1.0), max_ratio: float | None = None,
-) -> None:  # fmt: skip
-    """Draw every prompt `count` times into one picture.
+    guidance: float | None, seed: int, output: Path | None, tuned_share: float = 1.0, guides: Sequence[str] = (),
+    t_range: tuple[float, float] = (0.0, 1.0), max_ratio: float | None = None, sources: Sequence[Path] = (),
+) -> Path:  # fmt: skip
+    """Draw every prompt `count` times into one picture, or of a model of videos into one video; returns its path.
+
+    A video is an MP4 with a PNG that moves beside it, or that alone where PyAV is not installed.
 
     `tuned_share` in [0,1] of the steps, noisiest first and rounded to whole ones, go with `weights`, the rest with the
     base model. A second copy of the network is in memory only where the weights are a full export. `guides` are latent
     rewards, as FOLDER=WEIGHT, that guide the steps at times in `t_range`, with pulls of `max_ratio` |v| at most.
+    `sources` are the source pictures of every prompt, for models that take them.
     """
     if tuned_share != 1 and weights is None:
         raise RunError(
@@ -146,30 +153,73 @@ def sample_grid(
             "weights are given: add --from RUN, or leave --tuned-share out."
         )
     exported = weights_of(weights) if weights else None
-    config = None if model or exported is None else _config_of(exported)
-    loaded: Any = load_model(config, default_device()) if config else load(model or BUILT_IN)
-    settings = loaded.inference | (read_inference(exported, loaded.pipe) if exported else {})
+    loaded, settings = _as_trained(model, exported)
+    target = _output(output, loaded)
     steps = num_steps or settings["num_inference_steps"]
     tuned_steps = round(tuned_share * steps)
     keep_base = exported is not None and tuned_steps < steps and not (exported / LORA_WEIGHTS).is_file()
     policy = Policy(
-        loaded, frozen=True, guidance=settings["guidance_scale"] if guidance is None else guidance,
+        loaded, frozen=True, guidance=settings[GUIDANCE] if guidance is None else guidance,
         device=default_device(), reference=keep_base,
     )  # fmt: skip
     if exported:
         load_weights(policy, exported)
-    wanted = [Prompt(id=i, text=text) for i, text in enumerate(p for p in prompts for _ in range(count))]
+    metadata = _sources(sources, loaded)
+    wanted = [Prompt(id=i, text=t, metadata=metadata) for i, t in enumerate(p for p in prompts for _ in range(count))]
     media = sample(
         policy, wanted, range(len(wanted)), Conditions(encode=policy.encode, device=policy.device),
-        Geometry(height=settings["height"], width=settings["width"]),
+        Geometry(height=settings["height"], width=settings["width"], frames=settings.get("num_frames", 1)),
         num_steps=steps, seed=seed, tuned_steps=tuned_steps, guide=guidance_of(guides, loaded, t_range, max_ratio),
     )  # fmt: skip
-    save_grid(Evaluation(prompts=wanted, scores={}, measures={}, media=media), output, len(wanted))
+    drawn = Evaluation(prompts=wanted, scores={}, measures={}, media=media)
+    picture = target.with_suffix(".png") if target.suffix == VIDEO else target
+    save_grid(drawn, picture, len(wanted), fps=getattr(loaded, "fps", None))
+    return target
 
 
-def export_run(run: Path, output: Path, *, averaged: bool) -> None:
-    """The weights of the newest checkpoint in diffusers' format, the best so far where the run keeps those."""
+GUIDANCE = "guidance"
+"""Key of classifier-free guidance in `_as_trained`'s settings, whatever the pipeline's call names it."""
+
+
+def _as_trained(path: str, exported: Path | None) -> tuple[Any, dict[str, Any]]:
+    """The model to draw with, and the settings: those of the weights' run, else of their folder, else the model's."""
+    config = None if path or exported is None else _config_of(exported)
+    own = (read_json(str(exported), INFERENCE, required=False) or {}) if exported else {}
+    if config is None:
+        loaded: Any = load(path or BUILT_IN, inference=own)
+        return loaded, {**loaded.inference, GUIDANCE: loaded.guidance}
+    loaded = load_model(config, default_device())
+    return loaded, {**loaded.inference, **own, GUIDANCE: config.model.guidance}
+
+
+def _output(given: Path | None, model: Any) -> Path:
+    """Where the samples go; RunError for a video that a model of pictures cannot make, or nobody here can write."""
+    video, writes = getattr(model, "video", False), importlib.util.find_spec("av") is not None
+    if given is not None and given.suffix == VIDEO and not (video and writes):
+        reason = 'writing MP4 needs PyAV: pip install -e ".[video]"' if video else f"{model.path!r} makes pictures"
+        raise RunError(f"--output {given}: {reason}. Or name a .png.")
+    return given or Path("sample").with_suffix(VIDEO if video and writes else ".png")
+
+
+def _sources(pictures: Sequence[Path], model: Any) -> dict[str, Any]:
+    """Metadata of a prompt with these source pictures; RunError for more or fewer than the model takes."""
+    fewest, most = getattr(model, "num_sources", (0, 0))
+    if not fewest <= len(pictures) <= most:
+        wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        raise RunError(
+            f"{model.path!r} takes {wanted} source pictures, and {len(pictures)} are given: --source PICTURE gives one."
+        )
+    return {SOURCE: [str(picture) for picture in pictures]} if pictures else {}
+
+
+def export_run(run: Path, output: Path | None, *, averaged: bool, form: Format = "diffusers") -> Path:
+    """The weights of the newest checkpoint, the best so far where the run keeps those, in one of the formats.
+
+    Without `output` they go to RUN/export_FORMAT; returns the folder. The base model is loaded as it is on disk, so
+    that a run with a quantised one needs no accelerator here, and is merged without loss.
+    """
     config = run_config(run)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": None})})
     state = checkpoint.latest_valid(run / "checkpoints")
     policy = Policy(
         load_model(config), lora=config.model.lora and config.model.lora.model_dump(),
@@ -179,7 +229,8 @@ def export_run(run: Path, output: Path, *, averaged: bool) -> None:
     tensors = {k.removeprefix(part): v for k, v in state.tensors.items() if k.startswith(part)}
     tensors = {k: v for k, v in tensors.items() if not k.startswith("old.")}  # follows the weights in training alone
     policy.load_state_dict(tensors)
-    policy.export(output, averaged=averaged, inference=inference_settings(config))
+    target = output or run / f"export_{form}"
+    return policy.export(target, averaged=averaged, inference=inference_settings(config), form=form)
 
 
 def ratio_rows() -> list[tuple[str, str, str]]:
@@ -205,7 +256,10 @@ def diagnose() -> list[tuple[str, str, str]]:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     rows.append(("device", str(accelerator or "cpu"), "" if accelerator else "CPU is enough for the built-in world"))
     rows.append(("threads", str(torch.get_num_threads()), ""))
-    extras = {"ocr": "rapidocr", "xformers": "xformers", "wandb": "wandb", "tensorboard": "tensorboard", "video": "av"}
+    extras = {
+        "ocr": "rapidocr", "video": "av", "quant": "torchao", "xformers": "xformers", "serve": "uvicorn",
+        "data": "pyarrow", "vlm": "math_verify", "wandb": "wandb", "tensorboard": "tensorboard",
+    }  # fmt: skip
     for extra, module in extras.items():
         found, advice = ("installed", "") if importlib.util.find_spec(module) else ("not installed", extra)
         rows.append((f"extra {extra}", found, advice and f'pip install -e ".[{extra}]"'))

@@ -256,7 +256,8 @@ class PipelineModel(ABC):
         asked = guidance is not None and self.guidance_argument
         own = {self.guidance_argument: guidance, **overrides} if asked else overrides
         call = first_given(tuple(dict.fromkeys([*self.inference, *own])), own, self.inference)
-        if (guidance or 0.0) > 1 and "negative_prompt" in inspect.signature(type(self.pipe).__call__).parameters:
+        guided = (guidance or 0.0) > 1 and self.empty_prompt is not None
+        if guided and "negative_prompt" in inspect.signature(type(self.pipe).__call__).parameters:
             call.setdefault("negative_prompt", self.empty_prompt)  # without one, some calls leave guidance out
         if self.grid == "linear" and self.grid_of_call != "linear":
             call["sigmas"] = linear_sigmas(call["num_inference_steps"])

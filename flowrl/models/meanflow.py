@@ -71,7 +71,8 @@ class MeanFlow:
         self, pipe: Any, *, path: str = "", inference: Mapping[str, Any] | None = None, fresh: bool = False,
         **options: Any,
     ) -> None:  # fmt: skip
-        pipe.transformer = _fresh(pipe.transformer) if fresh else _stored(pipe.transformer, path)
+        transformer = getattr(pipe, "transformer", None)  # some have a U-Net instead
+        pipe.transformer = _fresh(transformer) if fresh else _stored(transformer, path)
         family = names.resolve(family_of(path), FAMILIES)
         self._one_time = family(
             pipe, path=path, inference={**(inference or {}), "num_inference_steps": NUM_STEPS}, **options

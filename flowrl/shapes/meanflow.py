@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from flowrl.models.meanflow import FOLDER
 from flowrl.models.pipeline import load, resolve
-from flowrl.policy import save_component
 from flowrl.shapes.pretrain import Stage
 from flowrl.shapes.scenes import prompts
+from flowrl.weights import save_component
 from samplers import keyed_noise, stable_seed
 from samplers.solvers import dpmpp_2m
 

@@ -211,7 +211,7 @@ def _detect(images: Tensor) -> Detections:
     squares = (pixels - BACKGROUND).square().sum(1)  # [N,S,S] squared distance from the plain background
     pixels = pixels.movedim(1, -1)
     blobs, num = _segment(pixels, squares, palette)
-    unit = torch.tensor([_unit_area(name) for name in SHAPES], device=pixels.device)
+    unit = torch.tensor([unit_area(name) for name in SHAPES], device=pixels.device)
     covered, area, xy = _refine(blobs)
     radius = (area[:, None] / unit).sqrt()
     iou, cover = _match(blobs, covered, xy, radius)
@@ -338,7 +338,7 @@ def _match(blobs: _Blobs, covered: Tensor, xy: Tensor, radius: Tensor) -> tuple[
     return iou, cover[torch.arange(len(iou), device=iou.device), iou.argmax(1)]
 
 
-def _unit_area(name: str) -> float:
+def unit_area(name: str) -> float:
     """Area of a shape of radius 1."""
     if name == "circle":
         return math.pi

@@ -13,7 +13,13 @@ from rewards import RewardHub, Scores, available, build, traits_of
 from rewards.resolve import resolve
 from tests.rewards.makers import noise, text
 
-PROMPTS = ["a red circle", 'a sign that says "hello"', "two squares", "a star above a blue triangle", "anything else"]
+PROMPTS = [
+    "a red circle moves left",
+    'a sign that says "hello"',
+    "two squares",
+    "a star above a blue triangle",
+    "anything else",
+]
 
 
 def own(name, what):

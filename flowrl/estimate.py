@@ -18,31 +18,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves, tree_map
 
 from flowrl import resolve as names
 from flowrl.config import Config
 from flowrl.costs import Cost
 from flowrl.memory import cheaper
 from flowrl.models.pipeline import FAMILIES, family_of, read_inference, sketch_pipeline
+from flowrl.numerics import stand_ins
 from flowrl.train import options_of
+from flowrl.types import Cond
 
 GIB = 2**30
-BACKWARD = 2
-"""A backward pass takes about twice the operations of its forward pass."""
 MFU = 0.4
 """Share of a device's peak that such a network reaches; what is seen lies between 0.3 and 0.5."""
+_NUMBER = 4
+"""Bytes of a number in the walk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Walk:
-    """One forward pass of the trained network for one sample and one branch of guidance."""
+    """One forward and one backward pass of the trained network, for one sample and one branch of guidance."""
 
-    flops: float
+    forward: float
+    """Floating-point operations."""
+    backward: float
+    """Likewise; of frozen layers it is half of what it is of those that learn."""
     saved: float
-    """Numbers that autograd keeps for the backward pass."""
-    largest: float
-    """Numbers in the largest tensor between blocks: what gradient checkpointing keeps of each."""
-    blocks: int
+    """Numbers that autograd keeps for the backward pass, weights excepted."""
+    checkpointed: float
+    """Numbers that are there at once with gradient checkpointing: inputs of all blocks, and what one block keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,39 +72,48 @@ class Memory:
 
 
 def walk(model: Any, height: int, width: int, frames: int) -> Walk:
-    """The trained network of a model without storage, walked once; at float32, whatever the run's precision is."""
+    """The trained network of a model without storage, walked once; at float32, whatever the run's precision is.
+
+    What learns is what asks for gradients: a `Policy` around the model has set that. A model that must see source
+    pictures sees as few as it may, black ones of the size that it generates.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
-    x = torch.empty(1, *model.noise_shape(height, width, frames), device="meta")
-    with _encoders_that_only_have_shapes(model.pipe):
-        cond = model.encode_text(["a picture"], ())
-    model.trainable.requires_grad_(True)
-    parameters = {parameter.untyped_storage()._cdata for parameter in model.trainable.parameters()}
+    x = torch.zeros(1, *model.noise_shape(height, width, frames))
+    fused = _NumbersAndShapes()
+    with torch.no_grad(), fused:
+        cond = _conditions(model, height, width)
+    parameters = [parameter for parameter in model.trainable.parameters() if parameter.requires_grad]
     kept: dict[int, Tensor] = {}
+    blocks = _Blocks(kept)
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        kept.setdefault(_storage(tensor), tensor)
         return tensor
 
-    # Some networks read lengths from masks, or choose an expert by the time; others multiply with them.
-    tries = (("cpu", "meta"), ("meta", "meta"), ("cpu", "cpu"))
-    for number, (masks, clock) in enumerate(tries, start=1):
-        here = {name: tensor.to("meta" if tensor.is_floating_point() else masks) for name, tensor in cond.items()}
-        kept.clear()
-        fused = _FusedAttention()
-        try:
-            with FlopCounterMode(display=False) as counter, fused, saved_tensors_hooks(keep, lambda tensor: tensor):
-                model.predict(x, torch.full((1,), 0.5, device=clock), here)
-            break
-        except (RuntimeError, NotImplementedError):
-            if number == len(tries):
-                raise
-    saved = sum(tensor.numel() for key, tensor in kept.items() if key not in parameters)
-    blocks = [module for module in model.trainable.modules() if isinstance(module, nn.ModuleList)]
-    stack = max(blocks, key=lambda b: sum(p.numel() for p in b.parameters()), default=nn.ModuleList())
+    with FlopCounterMode(display=False) as counter:
+        with fused, blocks.called_by(model), saved_tensors_hooks(keep, lambda tensor: tensor):
+            v = model.predict(x, torch.full((1,), 0.5), cond)
+        forward = counter.get_total_flops() + fused.flops
+        if parameters:
+            v.backward(torch.empty_like(v))
+            model.trainable.zero_grad()
+        backward = counter.get_total_flops() + fused.flops - forward
+    weights = {_storage(tensor): tensor for tensor in model.trainable.parameters()}
     return Walk(
-        flops=(counter.get_total_flops() + fused.flops), saved=saved, largest=fused.largest, blocks=max(1, len(stack))
-    )
+        forward=forward,
+        backward=min(backward, 2 * forward),  # the counter forgets the groups of a convolution on the way back
+        saved=_size_of(kept, weights),
+        checkpointed=blocks.size_with_checkpointing(weights),
+    )  # fmt: skip
+
+
+def _conditions(model: Any, height: int, width: int) -> Cond:
+    """Those of one prompt, with as many source pictures as the model must have."""
+    sources = stand_ins(model, height, width)
+    with _encoders_that_only_have_shapes(model.pipe):
+        cond: Cond = model.encode_text(["a picture"], sources)
+        return cond | (model.encode_sources(sources) if sources else {})
 
 
 def memory(config: Config, policy: Any, cost: Cost, walked: Walk | None, world: int = 1) -> Memory:
@@ -112,16 +126,17 @@ def memory(config: Config, policy: Any, cost: Cost, walked: Walk | None, world: 
     encoders = [p for n, p in model.pipe.components.items() if n.startswith(("text_encoder", "image_encoder"))]
     needs = config.algorithm.build().needs
     copies = (o.ema_decay is not None) + needs.old + (needs.reference and section.lora is None)
-    rows = min(o.micro_batch or cost.states, cost.states) / (1 if o.micro_batch else world * o.updates_per_iteration)
+    rows = _states_at_once(config, cost, world)
     branches = 2 if section.guidance > 1 else 1
     latent = torch.Size(model.noise_shape(*_size(config, model))).numel()
     return Memory(
         network=frozen * wide * quantised(config),
         encoders=0.0 if section.offload_text_encoders else sum(_numbers(part) for part in encoders) * wide,
         vae=_numbers(getattr(model.pipe, "vae", None)) * 4,
-        training=trained * 4 * 4,
+        # Autocast makes a copy of what learns in the run's precision, and a graph keeps it.
+        training=trained * (4 * 4 + (wide if wide < 4 else 0)),
         copies=trained * 4 * copies,
-        activations=0.0 if walked is None else max(1.0, rows) * branches * wide * _kept(walked, config),
+        activations=0.0 if walked is None else rows * branches * wide * _kept(walked, config),
         states=latent * 4 * (2 * cost.stored + cost.samples) / world,
     )
 
@@ -133,11 +148,21 @@ def quantised(config: Config) -> float:
     return 0.5 / wide if "4" in kinds else 1 / wide if kinds or config.model.layerwise_casting else 1.0
 
 
+def _states_at_once(config: Config, cost: Cost, world: int) -> float:
+    """States of one device whose graphs are there at the same time; each counts once, guided or not."""
+    o = config.optimizer
+    if cost.single_pass:
+        return max(1.0, cost.stored / world)
+    return max(1.0, min(o.micro_batch or cost.states, cost.states / world / o.updates_per_iteration))
+
+
 def operations(cost: Cost, walked: Walk, checkpointing: bool) -> float:
     """Floating-point operations of an iteration over all devices."""
-    again = 1 if checkpointing else 0
-    trained = cost.train * (1 + BACKWARD + again) if not cost.single_pass else cost.rollout * BACKWARD
-    return walked.flops * (cost.rollout + cost.old + cost.reference + cost.teacher + trained)
+    again = walked.forward if checkpointing else 0.0
+    calls = cost.rollout + cost.old + cost.reference + cost.teacher
+    if cost.single_pass:
+        return calls * walked.forward + cost.rollout * walked.backward
+    return calls * walked.forward + cost.train * (walked.forward + walked.backward + again)
 
 
 def sketch(config: Config) -> Any:
@@ -172,17 +197,38 @@ def lines(config: Config, policy: Any, cost: Cost, world: int, speed: float, lim
         work = operations(cost, walked, config.model.gradient_checkpointing)
         seconds = work / (speed * MFU * world)
         told.append(
-            f"work, estimated: {work / 1e12:,.3g} TFLOP an iteration: {seconds:,.3g} s, if {MFU:.0%} of "
-            f"{speed / 1e12:,.3g} TFLOP/s a device is reached; {seconds * config.iterations / 3600:,.3g} h in all"
+            f"work, estimated: {_flop(work)} an iteration: {_duration(seconds)}, if {MFU:.0%} of {_flop(speed)}/s a "
+            f"device is reached; {_duration(seconds * config.iterations)} in all, without rewards and evaluations"
         )
     if limit is not None and found.total > limit * GIB:
         told.append(f"that is more than {limit:g} GiB. What needs less, the cheapest first:")
-        told += [f"  {key}={value}   {why}" for key, value, why in cheaper(config)]
+        told += list(_savings(config, policy, cost, walked, world, found.total))
     return told
+
+
+def _savings(config: Config, policy: Any, cost: Cost, walked: Walk | None, world: int, total: float) -> Iterator[str]:
+    """Settings that need less, and what the estimate would then be; some save what it leaves out."""
+    for key, value, why in cheaper(config):
+        section, name = key.split(".", 1)
+        other = getattr(config, section).model_copy(update={name: value})
+        less = memory(config.model_copy(update={section: other}), policy, cost, walked, world).total
+        then = f" -> {_gib(less)} GiB" if less < total else ""
+        yield f"  {key}={str(value).lower()}{then}   {why}"
 
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f}" if size < 10 * GIB else f"{size / GIB:.0f}"
+
+
+def _flop(number: float) -> str:
+    name, unit = next((n, u) for n, u in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1.0)) if number >= u or u == 1.0)
+    return f"{number / max(unit, 1e6):.3g} {name}FLOP"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.0f} h"
 
 
 def matmul_flops(device: str | torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
@@ -201,10 +247,8 @@ def matmul_flops(device: str | torch.device, dtype: torch.dtype, seconds: float 
 
 
 def _kept(walked: Walk, config: Config) -> float:
-    """Numbers kept of one sample: all, or the blocks' inputs and one block's own."""
-    if not config.model.gradient_checkpointing:
-        return walked.saved
-    return walked.blocks * walked.largest + walked.saved / walked.blocks
+    """Numbers kept of one sample."""
+    return walked.checkpointed if config.model.gradient_checkpointing else walked.saved
 
 
 def _size(config: Config, model: Any) -> tuple[int, int, int]:
@@ -258,32 +302,115 @@ def _encoders_that_only_have_shapes(pipe: Any) -> Iterator[None]:
         pipe.__class__ = kind
 
 
-class _FusedAttention(torch.overrides.TorchFunctionMode):
-    """Attention as a fused kernel would do it, in what it keeps and in what it computes."""
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _size_of(tensors: dict[int, Tensor], without: dict[int, Tensor]) -> float:
+    """Numbers in storages: a view keeps the whole of what it is a view of."""
+    own = (tensor for key, tensor in tensors.items() if key not in without)
+    return sum(tensor.untyped_storage().nbytes() for tensor in own) / _NUMBER
+
+
+class _Blocks:
+    """Called where gradient checkpointing would call a block: what goes in, and what the block keeps for itself."""
+
+    def __init__(self, kept: dict[int, Tensor]) -> None:
+        self.kept, self.inside = kept, set[int]()
+        self.inputs: dict[int, Tensor] = {}
+        self.largest: dict[int, Tensor] = {}
+
+    def __call__(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        self.inputs |= {_storage(x): x for x in tree_leaves(inputs) if isinstance(x, Tensor)}
+        before = set(self.kept)
+        out = block(*inputs)
+        own = {key: tensor for key, tensor in self.kept.items() if key not in before}
+        self.inside |= own.keys()
+        self.largest = max(self.largest, own, key=lambda tensors: _size_of(tensors, {}))
+        return out
+
+    @contextmanager
+    def called_by(self, model: Any) -> Iterator[None]:
+        """Within it by the blocks' owners."""
+        networks = [getattr(model.pipe, name) for name in model.components]
+        for network in networks:
+            network.enable_gradient_checkpointing(self)
+        try:
+            yield
+        finally:
+            for network in networks:
+                network.disable_gradient_checkpointing()
+
+    def size_with_checkpointing(self, weights: dict[int, Tensor]) -> float:
+        """Numbers in the blocks' inputs, in what is kept between blocks, and in what the largest block keeps."""
+        between = {key: tensor for key, tensor in self.kept.items() if key not in self.inside}
+        return _size_of(between | self.inputs, weights) + _size_of(self.largest, weights | self.inputs)
+
+
+class _NumbersAndShapes(torch.overrides.TorchFunctionMode):
+    """Lets tensors with numbers meet tensors that only have a shape, and counts attention as a fused kernel.
+
+    States, masks, times and places keep their numbers until they meet weights: networks read lengths from them, choose
+    an expert, or look whether a picture is there.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0.0
-        self.largest = 0.0
+        self._shapes: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is not nn.functional.scaled_dot_product_attention:
-            return function(*args, **(kwargs or {}))
-        given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-        q, k, v = given["query"], given["key"], given["value"]
-        self.flops += 2.0 * q.numel() * k.shape[-2] * 2
-        self.largest = max(self.largest, float(q.numel()))
-        out: Tensor = _Fused.apply(q, k, v)
-        return out
+        kwargs = kwargs or {}
+        if function is nn.functional.scaled_dot_product_attention:
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            return _Fused.apply(self, *(self._shape(given[name]) for name in ("query", "key", "value")))
+        if function is Tensor.__getitem__ and args[0].is_meta:
+            args = (args[0], self._places(args[1]))
+        if function is Tensor.to and (args[0].is_meta or _to_meta(*args[1:], *kwargs.values())):
+            return self._shape(args[0]).type(_dtype_among(args[0].dtype, *args[1:], *kwargs.values()))
+        if any(isinstance(each, Tensor) and each.is_meta for each in tree_leaves((args, kwargs))):
+            args, kwargs = tree_map(self._shape, (args, kwargs))
+        return function(*args, **kwargs)
+
+    def _shape(self, value: Any) -> Any:
+        """A tensor's shape without its numbers, the same one every time; anything else as it is."""
+        if not isinstance(value, Tensor) or value.is_meta:
+            return value
+        key = (_storage(value), value.dtype, value.shape, value.stride(), value.storage_offset())
+        if key not in self._shapes:
+            self._shapes[key] = (value, value.to("meta"))  # with the tensor itself, so that its storage stays its own
+        return self._shapes[key][1]
+
+    def _places(self, index: Any) -> Any:
+        """An index whose result has a shape that does not depend on numbers: a mask by the places where it is true."""
+        if isinstance(index, Tensor) and index.dtype == torch.bool and not index.is_meta:
+            return tuple(self._shape(each) for each in index.nonzero(as_tuple=True))
+        return index
+
+
+def _to_meta(*given: Any) -> bool:
+    """Whether the device among arguments is the one without storage."""
+    return any(isinstance(g, torch.device | str) and torch.device(g).type == "meta" for g in given)
+
+
+def _dtype_among(*given: Any) -> torch.dtype:
+    """The last dtype among arguments, or that of a tensor among them."""
+    return [g.dtype if isinstance(g, Tensor) else g for g in given if isinstance(g, torch.dtype | Tensor)][-1]
 
 
 class _Fused(torch.autograd.Function):
+    """Attention as a fused kernel does it: it keeps its inputs, its output, and a number for each query."""
+
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        ctx.save_for_backward(q, k, v, out)
+    def forward(ctx: Any, count: _NumbersAndShapes, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)  # laid out as the queries: whether the next layer makes a copy depends on it
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1]))
+        ctx.count, ctx.flops = count, 4.0 * q.numel() * k.shape[-2]
+        count.flops += ctx.flops
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError("only the forward pass is counted")
+        ctx.count.flops += 2 * ctx.flops
+        q, k, v, *_ = ctx.saved_tensors
+        return None, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flowrl import tiny
 from flowrl.config import Config, ConfigError, load_config
 
 LARGEST_SIDE = 256
@@ -29,10 +30,10 @@ GROUPS = (2, 3, 4, 6, 8, 9, 12, 16, 24, 32)
 def small(config: Config) -> list[str]:
     """Overrides that make a config's run tiny; the smallest groups and prompts that its method allows are to be found.
 
-    Sides above 256 pixels, and those that a hub's model chooses itself, become 256.
+    Sides above 256 pixels, and those that a hub's model chooses itself, become 256. A tiny pipeline in the place of the
+    config's model has a size, frames, prompt length and precision of its own.
     """
     model, data = config.model, config.data
-    inside = model.path.startswith("tiny/") or model.path in ("shapes", "shapes_video")
     found = {
         "iterations": 2, "checkpoint_every": 1, "evaluate_every": 2, "optimizer.schedule": "constant",
         "optimizer.warmup": 0, "optimizer.min_lr_ratio": 0.0,
@@ -41,12 +42,20 @@ def small(config: Config) -> list[str]:
         "data.evaluation.num_steps": min(4, data.evaluation.num_steps),
         "data.evaluation.grid_prompts": min(2, data.evaluation.grid_prompts), "log.rollouts_every": 1,
     }  # fmt: skip
-    for side in ("height", "width"):
-        if (getattr(model, side) or (0 if inside else LARGEST_SIDE + 1)) > LARGEST_SIDE:
-            found[f"model.{side}"] = LARGEST_SIDE
-    if (model.frames or 1) > MOST_FRAMES:
-        found["model.frames"] = MOST_FRAMES
+    if model.path.startswith(tiny.PREFIX):
+        found |= {f"model.{key}": "null" for key in ("height", "width", "frames", "max_sequence_length")}
+        found["model.dtype"] = "float32"
+    else:
+        found |= {f"model.{key}": value for key, value in _sizes(config).items()}
     return [f"{key}={value}" for key, value in found.items()]
+
+
+def _sizes(config: Config) -> dict[str, int]:
+    model = config.model
+    inside = model.path in ("shapes", "shapes_video")
+    sides = {side: getattr(model, side) or (0 if inside else LARGEST_SIDE + 1) for side in ("height", "width")}
+    large = {side: LARGEST_SIDE for side, pixels in sides.items() if pixels > LARGEST_SIDE}
+    return large | ({"frames": MOST_FRAMES} if (model.frames or 1) > MOST_FRAMES else {})
 
 
 def smallest(path: str | Path, overrides: Sequence[str]) -> Config:
@@ -61,7 +70,9 @@ def smallest(path: str | Path, overrides: Sequence[str]) -> Config:
     stored = config.data.samples == "stored"
     wanted = config.data.samples_per_prompt
     sizes = [wanted] if stored else [*(size for size in GROUPS if size < wanted), wanted]
-    prompts = [*(n for n in (1, 2, 3, 4, 6) if world <= n < config.data.prompts_per_iteration)]
+    # Prompts that come together are counted by reading them, so their number stays.
+    fewer = () if config.data.together else (1, 2, 3, 4, 6)
+    prompts = [*(n for n in fewer if world <= n < config.data.prompts_per_iteration)]
     told: ConfigError | None = None
     for size in sizes:
         for count in [*prompts, config.data.prompts_per_iteration]:

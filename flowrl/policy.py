@@ -91,9 +91,9 @@ class Policy:
         seed: int = 0,
     ) -> None:
         self.model, self.guidance = model, guidance
-        if hasattr(model, "check_guidance"):
-            model.check_guidance(guidance)
         self._largest_guidance = max(guidance, largest_guidance)
+        if hasattr(model, "check_guidance"):
+            model.check_guidance(self._largest_guidance)
         self.lora = Lora.model_validate(lora) if lora is not None and not frozen else None
         self.calls: Counter[str] = Counter()
         self._role = "train"

@@ -627,7 +627,7 @@ def _held_out(config: Config, trained: RewardHub, device: Any) -> RewardHub | No
 
 def options_of(section: ModelConfig) -> dict[str, Any]:
     """What a config says to the constructor of a family's class."""
-    names = ("height", "width", "frames", "max_sequence_length", "embedded_guidance", "negative_prompt")
+    names = ("height", "width", "frames", "fps", "max_sequence_length", "embedded_guidance", "negative_prompt")
     return {name: getattr(section, name) for name in names if getattr(section, name) is not None}
 
 

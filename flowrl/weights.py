@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -110,13 +109,7 @@ def _check(learnt: Learnt, form: Format) -> None:
 
 
 def _arguments(learnt: Learnt) -> dict[str, Any]:
-    """With guidance the other branch's prompt is among them: some pipelines do not guide without one."""
-    model, given = learnt.model, dict(learnt.inference)
-    call: dict[str, Any] = model.arguments(guidance=learnt.guidance, **given)
-    other = getattr(model, "empty_prompt", None)
-    takes_one = "negative_prompt" in inspect.signature(type(model.pipe).__call__).parameters
-    if learnt.guidance > 1 and takes_one and other is not None:
-        call.setdefault("negative_prompt", other)
+    call: dict[str, Any] = learnt.model.arguments(guidance=learnt.guidance, **learnt.inference)
     return call
 
 

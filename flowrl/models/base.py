@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
@@ -27,6 +28,7 @@ Sources = Sequence[tuple[Tensor, ...]]
 
 NEGATIVE = "negative_"
 _ENCODE_AT_ONCE = 32
+_TRAIN_STEPS = 1000
 
 
 class PipelineModel(ABC):
@@ -55,6 +57,8 @@ class PipelineModel(ABC):
     """Argument of the pipeline's call that is embedded guidance, where the network has such an input."""
     further_arguments: ClassVar[tuple[str, ...]] = ()
     """Arguments of the pipeline's call that the family looks at besides those that all look at."""
+    heeds: ClassVar[tuple[str, ...]] = ()
+    """Arguments in inference.json that the family reads or refuses, besides those of every family."""
     empty_prompt: ClassVar[str | None] = ""
     """The other branch of guidance, where no negative prompt is given; None: the pipeline's call is given none too."""
     num_sources: ClassVar[tuple[int, int]] = (0, 0)
@@ -69,6 +73,7 @@ class PipelineModel(ABC):
         height: int | None = None,
         width: int | None = None,
         frames: int | None = None,
+        fps: float | None = None,
         max_sequence_length: int | None = None,
         grid: Literal["scheduler", "linear"] | None = None,
         embedded_guidance: float | None = None,
@@ -80,6 +85,8 @@ class PipelineModel(ABC):
         self.trainable: nn.Module = self.network()
         self.dtype: torch.dtype = getattr(pipe, self.components[0]).dtype
         self.decode_micro_batch = decode_micro_batch
+        if fps is not None:
+            self.fps = fps  # type: ignore[misc]
         self.stays: set[str] = set()
         """Parts of the pipeline that `to` leaves where they are."""
         if embedded_guidance is not None and not self.takes_embedded_guidance:
@@ -105,6 +112,13 @@ class PipelineModel(ABC):
         known = tuple(dict.fromkeys([*(name for name in names if name in call), *recommended]))
         self.inference: dict[str, Any] = first_given(known, given, recommended, self.call_defaults(), call)
         """Arguments of the pipeline's call that reproduce this model's samples, besides those of a run."""
+        ignored = sorted(set(recommended) - set(names) - set(self.heeds))
+        if ignored:
+            warnings.warn(
+                f"model {self.path!r}: its inference.json (or model.inference) sets {', '.join(ignored)}, which "
+                f"{type(self).__name__} does not heed: training draws without, the exported call has it. Remove it.",
+                stacklevel=2,
+            )
         self._empty: Cond | None = None
 
     # -------------------------------------------------------------------------------- what a family may change
@@ -256,7 +270,7 @@ class PipelineModel(ABC):
         asked = guidance is not None and self.guidance_argument
         own = {self.guidance_argument: guidance, **overrides} if asked else overrides
         call = first_given(tuple(dict.fromkeys([*self.inference, *own])), own, self.inference)
-        guided = (guidance or 0.0) > 1 and self.empty_prompt is not None
+        guided = (self.guidance if guidance is None else guidance) > 1 and self.empty_prompt is not None
         if guided and "negative_prompt" in inspect.signature(type(self.pipe).__call__).parameters:
             call.setdefault("negative_prompt", self.empty_prompt)  # without one, some calls leave guidance out
         if self.grid == "linear" and self.grid_of_call != "linear":
@@ -310,6 +324,8 @@ class PipelineModel(ABC):
         few or too many of them.
         """
         self._check_sources(prompts, sources)
+        if not sources and self.num_sources[1]:  # prompts with and without pictures have the same conditions
+            sources = [()] * len(prompts)
         parts = []
         for start in range(0, len(prompts), _ENCODE_AT_ONCE):
             part, seen = list(prompts[start : start + _ENCODE_AT_ONCE]), sources[start : start + _ENCODE_AT_ONCE]
@@ -425,6 +441,11 @@ class PipelineModel(ABC):
         config, shape = self.pipe.vae.config, (1, -1, *[1] * (like.ndim - 2))
         mean, std = (torch.tensor(config[name]).to(like).reshape(shape) for name in ("latents_mean", "latents_std"))
         return mean, std
+
+
+def network_time(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Times [N] as the network is given them: rounded to its dtype as timesteps, as the pipeline's call does it."""
+    return (t * _TRAIN_STEPS).to(dtype) / _TRAIN_STEPS
 
 
 def packed(x: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ class CogVideoX(VariancePreserving):
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("CogVideoXPipeline",)
+    heeds: ClassVar[tuple[str, ...]] = (
+        "use_dynamic_cfg",
+        "guidance_rescale",
+    )
     video: ClassVar[bool] = True
     fps: ClassVar[float | None] = 8.0
 

@@ -12,11 +12,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from flowrl.models.base import PipelineModel, Sources, packed, unpacked
+from flowrl.models.base import PipelineModel, Sources, network_time, packed, unpacked
 from flowrl.types import Cond
-
-TRAIN_STEPS = 1000
-"""Length of the training schedule, by which the pipeline's call divides its timesteps."""
 
 
 class Flux(PipelineModel):
@@ -88,11 +85,6 @@ class Flux(PipelineModel):
         if name is None or not self.takes_embedded_guidance:
             return None
         return torch.full_like(t, self.inference[name])
-
-
-def network_time(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Times [N] as the network is given them: rounded to its dtype as timesteps, as the pipeline's call does it."""
-    return (t * TRAIN_STEPS).to(dtype) / TRAIN_STEPS
 
 
 def grid(x: Tensor, kinds: Sequence[int]) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
-from flowrl.models.base import Sources, packed, unpacked
-from flowrl.models.flux import Flux, grid, network_time
+from flowrl.models.base import Sources, network_time, packed, unpacked
+from flowrl.models.flux import Flux, grid
 from flowrl.models.pipeline import ModelError, first_given
 from flowrl.types import Cond, padded
 
@@ -27,9 +27,11 @@ class Flux2(Flux):
 
     Note: the pipeline shows one set of pictures to all prompts, each in its own size. Here each prompt has its own, and
     since all rows of a batch have the same places they are cropped to the proportions of the model's own pictures.
+    Note: the pipeline sets no limit to the number of pictures; ten is flowrl's.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("Flux2Pipeline",)
+    heeds: ClassVar[tuple[str, ...]] = ("text_encoder_out_layers",)
     lora_targets: ClassVar[tuple[str, ...]] = (*Flux.lora_targets, "to_qkv_mlp_proj")
     guidance_argument: ClassVar[str] = ""
     num_sources: ClassVar[tuple[int, int]] = (0, 10)

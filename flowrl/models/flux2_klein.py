@@ -17,6 +17,7 @@ class Flux2Klein(Flux2):
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
+    heeds: ClassVar[tuple[str, ...]] = ("text_encoder_out_layers",)
     guidance_argument: ClassVar[str] = "guidance_scale"
     embedded_argument: ClassVar[str | None] = None
 

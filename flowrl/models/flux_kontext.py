@@ -23,6 +23,10 @@ class FluxKontext(Flux):
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("FluxKontextPipeline",)
+    heeds: ClassVar[tuple[str, ...]] = (
+        "_auto_resize",
+        "max_area",
+    )
     num_sources: ClassVar[tuple[int, int]] = (1, 1)
 
     def arguments(self, *, guidance: float | None = None, **overrides: Any) -> dict[str, Any]:

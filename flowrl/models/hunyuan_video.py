@@ -64,7 +64,7 @@ class HunyuanVideo(PipelineModel):
         """Velocity [N,C,f,h,w]; the network's timestep is t times the length of the training schedule."""
         v: Tensor = self.trainable(
             hidden_states=x.to(self.dtype),
-            timestep=t * self.pipe.scheduler.config.num_train_timesteps,
+            timestep=(t * self.pipe.scheduler.config.num_train_timesteps).to(self.dtype),  # as the pipeline rounds it
             encoder_hidden_states=cond["prompt_embeds"],
             encoder_attention_mask=cond["prompt_attention_mask"],
             pooled_projections=cond["pooled_prompt_embeds"],

@@ -5,7 +5,8 @@ Shapes: P prompts, N samples, S tokens, D channels of the text, C x f x h x w la
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from flowrl.types import Cond
 class LTX(PipelineModel):
     """LTXPipeline as a velocity in flow coordinates; its own time and velocity are those already.
 
-    Positions of tokens are in seconds, by `frame_rate` of the call (`fps` where the folder recommends no other).
+    Positions of tokens are in seconds, by `frame_rate` of the call, which `fps` is here.
 
     Note: VAEs with `timestep_conditioning` decode with noise: as much as `decode_noise_scale` of the call says, and
     some inside the decoder of version 0.9.1. Here it is the same noise for every video, so that equal latents are equal
@@ -34,6 +35,13 @@ class LTX(PipelineModel):
         "decode_timestep",
         "decode_noise_scale",
     )
+
+    def __init__(
+        self, pipe: Any, *, fps: float | None = None, inference: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        given = dict(inference or {}) | ({} if fps is None else {"frame_rate": fps})
+        super().__init__(pipe, inference=given, **options)
+        self.fps = float(self.inference["frame_rate"])  # type: ignore[misc]  # positions are in seconds
 
     @property
     def spatial_factor(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from flowrl.models.base import PipelineModel, Sources, packed, unpacked
+from flowrl.models.base import PipelineModel, Sources, network_time, packed, unpacked
 from flowrl.types import Cond
 
 Grid = tuple[int, int, int]
@@ -67,7 +67,7 @@ class QwenImage(PipelineModel):
         mask = cond["prompt_embeds_mask"][:, :longest]
         v: Tensor = self.trainable(
             hidden_states=tokens.to(self.dtype),
-            timestep=t,
+            timestep=network_time(t, self.dtype),
             encoder_hidden_states=cond["prompt_embeds"][:, :longest],
             encoder_hidden_states_mask=None if mask.all() else mask,  # fast attention kernels take no mask
             img_shapes=[list(grids)] * len(tokens),

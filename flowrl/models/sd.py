@@ -22,6 +22,10 @@ class SD(VariancePreserving):
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+    heeds: ClassVar[tuple[str, ...]] = (
+        "clip_skip",
+        "guidance_rescale",
+    )
     components: ClassVar[tuple[str, ...]] = ("unet",)
 
     def network(self) -> nn.Module:

@@ -24,6 +24,13 @@ class SDXL(SD):
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
+    heeds: ClassVar[tuple[str, ...]] = (
+        "clip_skip",
+        "guidance_rescale",
+        "original_size",
+        "crops_coords_top_left",
+        "target_size",
+    )
     empty_prompt: ClassVar[str | None] = None
 
     def encode_text(self, prompts: list[str], sources: Sources) -> Cond:

@@ -44,7 +44,7 @@ class Wan(PipelineModel):
 
     def __init__(self, pipe: Any, **options: Any) -> None:
         super().__init__(pipe, **options)
-        if self.pipe.config.expand_timesteps:
+        if self.pipe.config.expand_timesteps and options.get("fps") is None:
             self.fps = 24.0  # type: ignore[misc]  # what TI2V-5B was trained with
         if _LOW in self.inference and not self.boundary:
             raise ModelError(

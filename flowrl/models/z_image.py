@@ -74,5 +74,5 @@ class ZImage(PipelineModel):
         if limit := float(self.inference["cfg_normalization"]):
             longest = limit * prompted.flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)
             v = v * rows(longest.clamp(max=1), v)
-        late = 1 - t > float(self.inference["cfg_truncation"])
+        late = 1 - t.to(v.device) > float(self.inference["cfg_truncation"])
         return torch.where(late.reshape(-1, *[1] * (v.ndim - 1)), prompted, v)

@@ -1,4 +1,4 @@
-"""CogVideoX 1.0 and 1.5, from text: 16 x 16 pixels, nine frames."""
+"""CogVideoX 1.0 and 1.5, from text: 16 x 16 pixels (made for 16 x 32, the most that 1.5 has places for), 9 frames."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _pipeline(**transformer: Any) -> Any:
 
     network = CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=16,
-        text_embed_dim=32, num_layers=2, sample_width=4, sample_height=4, sample_frames=9, patch_size=2,
+        text_embed_dim=32, num_layers=2, sample_width=8, sample_height=4, sample_frames=9, patch_size=2,
         max_text_seq_length=24, use_rotary_positional_embeddings=True, **transformer,
     )  # fmt: skip
     vae = AutoencoderKLCogVideoX(

@@ -15,6 +15,7 @@ Symbols: N samples, S tokens, H heads, D channels of a head.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -198,6 +199,9 @@ def _probe(module: nn.Module, layers: _Layers, name: str, device: torch.device, 
         tensor.requires_grad_(gradient)
     try:
         out = _call(query, key, value, name, bool(layers.dispatching))
+        if _always_masked(module):
+            everything = torch.ones(1, 1, 1, TOKENS, dtype=torch.bool, device=device)
+            _call(query, key, value, name, bool(layers.dispatching), everything)
     except REFUSALS as error:
         raise ModelError(f"{where}: {_reason(error)} {_advice(name)}") from error
     if gradient:
@@ -214,7 +218,14 @@ def _probe(module: nn.Module, layers: _Layers, name: str, device: torch.device, 
     return float((out.detach().float() - _exact(query.float(), key.float(), value.float())).abs().max())
 
 
-def _call(query: Tensor, key: Tensor, value: Tensor, name: str, dispatching: bool) -> Tensor:
+def _always_masked(module: nn.Module) -> bool:
+    """Whether the network's call has a mask of the prompt's tokens, which its attention then is given every time."""
+    return "encoder_attention_mask" in inspect.signature(module.forward).parameters
+
+
+def _call(
+    query: Tensor, key: Tensor, value: Tensor, name: str, dispatching: bool, mask: Tensor | None = None
+) -> Tensor:
     """Attention [N,S,H,D] of `name`, through the same door as the layers that will use it."""
     if not dispatching:
         import xformers.ops
@@ -223,7 +234,7 @@ def _call(query: Tensor, key: Tensor, value: Tensor, name: str, dispatching: boo
     from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 
     with attention_backend(name):  # checks that the package is there, and puts the process-wide choice back
-        return dispatch_attention_fn(query, key, value)
+        return dispatch_attention_fn(query, key, value, attn_mask=mask)
 
 
 def _exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -200,26 +200,26 @@ def _embeddings(prompts: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> 
 class Calls:
     """How often the network is called in which way, and with what it was the first time; for `floor`."""
 
-    def __init__(self, network: torch.nn.Module) -> None:
-        self.network = network
+    def __init__(self, network: torch.nn.Module, role: Callable[[], str]) -> None:
+        self.network, self._role = network, role
         self.counts: Counter[tuple[Any, ...]] = Counter()
         self.inputs: dict[tuple[Any, ...], tuple[Any, Any]] = {}
         self._handle = network.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         shapes = tuple(tuple(each.shape) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor))
-        key = (torch.is_grad_enabled(), shapes)
+        key = ("collect" if self._role() == "rollout" else "update", torch.is_grad_enabled(), shapes)
         self.counts[key] += 1
         if key not in self.inputs:
             self.inputs[key] = tree_map(_copy, (args, kwargs))
 
     def floor(self, dtype: torch.dtype, synchronize: Callable[[], object]) -> dict[str, float]:
-        """Seconds that the same calls of the network take by themselves: without a gradient, and with."""
+        """Seconds that the same calls of the network take by themselves: the rollout's, and those of the update."""
         self._handle.remove()
         counts, seconds = dict(self.counts), {"collect": 0.0, "update": 0.0}
         device = next(self.network.parameters()).device
-        for (graded, shapes), count in counts.items():
-            args, kwargs = self.inputs[graded, shapes]
+        for (phase, graded, shapes), count in counts.items():
+            args, kwargs = self.inputs[phase, graded, shapes]
             synchronize()
             start = time.perf_counter()
             for _ in range(count):
@@ -231,7 +231,7 @@ class Calls:
                 if graded:
                     torch.stack([each.float().sum() for each in out]).sum().backward()
             synchronize()
-            seconds["update" if graded else "collect"] += time.perf_counter() - start
+            seconds[phase] += time.perf_counter() - start
         return seconds
 
 
@@ -245,7 +245,7 @@ class Timing(NamedTuple):
     seconds: dict[str, float]
     """By phase, and `iteration`."""
     floor: dict[str, float]
-    """Of the network's calls by themselves: `collect` without a gradient, `update` with one."""
+    """Of the network's calls by themselves: `collect` and `update`."""
     calls: float
     """Samples through the network in an iteration, guidance twice."""
     flops: float
@@ -271,11 +271,11 @@ def measure(size: Size, config: Config, *, small: bool, iterations: int) -> Timi
     synchronize: Callable[[], object] = torch.cuda.synchronize if cuda else (lambda: None)
     rows, floors, peaks = [], [], []
     with _run(size, config, small) as trainer:
-        model = trainer.policy.model
+        policy, model = trainer.policy, trainer.policy.model
         for iteration in range(1 + iterations):
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            calls = Calls(model.trainable)
+            calls = Calls(model.trainable, lambda: policy._role)
             synchronize()
             start = time.perf_counter()
             row = trainer.step(iteration)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowrl.data import DataError
 from flowrl.policy import Policy
 from flowrl.record import Recorder
 from flowrl.types import T_NEXT, Algorithm, Batch, Cond, Prompt, padded, take
@@ -150,7 +151,7 @@ def _velocity(policy: Policy, cond: Cond) -> Callable[..., Tensor]:
 def _check_solver(plans: Sequence[Plan], policy: Policy) -> None:
     """Only a model with two times can say the mean velocity of a step; another would take an Euler step unnoticed."""
     if any(plan.solver == "average" for plan in plans) and solver_of(policy) != "average":
-        raise ValueError(
+        raise DataError(
             f"solver=average asks for the mean velocity of a step, and {type(policy.model).__name__} knows only that "
             "of a moment. Set algorithm.solver to euler, heun or dpmpp_2m; or model.family to meanflow (two times)."
         )
@@ -162,10 +163,10 @@ def solver_of(policy: Policy) -> Solver:
 
 
 def check_stored(prompts: Sequence[Prompt], count: int) -> None:
-    """Refuse prompts that do not name `count` stored samples (ValueError)."""
+    """Refuse prompts that do not name `count` stored samples (DataError)."""
     for prompt in prompts:
         if (found := len(prompt.metadata.get("stored", ()))) != count:
-            raise ValueError(
+            raise DataError(
                 f"prompt {prompt.id} ({prompt.text!r}) names {found} stored samples where {count} are wanted. A folder "
                 "of pairs has 2 each: give one as data.prompts (flowrl pairs make), with data.samples_per_prompt: 2 "
                 "where nothing else is trained on."
@@ -173,17 +174,19 @@ def check_stored(prompts: Sequence[Prompt], count: int) -> None:
 
 
 def check_sources(model: Any, prompts: Sequence[Prompt]) -> None:
-    """Refuse prompts with fewer or more source pictures than the model takes (ValueError)."""
+    """Refuse prompts with fewer or more source pictures than the model takes (DataError)."""
     fewest, most = getattr(model, "num_sources", (0, 0))
     for prompt in prompts:
         if not fewest <= (found := len(prompt.sources)) <= most:
             wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-            raise ValueError(
+            raise DataError(
                 f"prompt {prompt.id} ({prompt.text!r}) has {found} source pictures, and {type(model).__name__} takes "
                 f"{wanted}. "
                 + (
                     'Give data.prompts (and data.eval_prompts) as a .jsonl file: {"prompt": ..., "source": "a.png"}.'
                     if found < fewest
+                    else f"Give {most}."
+                    if most
                     else "Leave `source` out, or train a model that edits pictures or begins with one."
                 )
             )
@@ -221,7 +224,7 @@ class StoredSamples:
         device, size = self.policy.device, self.geometry.decode_batch or len(rows)
         encode = getattr(self.policy.model, "encode_media", None)
         if encode is None:
-            raise ValueError(
+            raise DataError(
                 f"{type(self.policy.model).__name__} cannot encode pictures, so stored samples are of no use to it: "
                 "give it encode_media(media [N,F,3,H,W] in [0,1]) -> latents, or set data.samples: rollout."
             )
@@ -235,7 +238,7 @@ class StoredSamples:
         g = self.geometry
         found, wanted = (media.shape[0], *media.shape[-2:]), (g.frames, g.height, g.width)
         if found != wanted:
-            raise ValueError(
+            raise DataError(
                 f"a stored medium has {' x '.join(map(str, found))} (frames, height, width), the run makes "
                 f"{' x '.join(map(str, wanted))}: set model.frames, model.height and model.width to the media's."
             )
@@ -297,13 +300,13 @@ def draw(
         policy.model.times(num_steps, geometry.height, geometry.width, geometry.frames), solver_of(policy)
     )
     if guide and plan.solver == "average":
-        raise ValueError(
+        raise DataError(
             "a guide bends the velocity of a moment, but a model with two times takes the mean of a whole step. "
             "Sample without a guide, or set model.family to that of the one-time model."
         )
     last = plan.num_steps if tuned_steps is None else tuned_steps
     if not 0 <= last <= plan.num_steps:
-        raise ValueError(f"tuned_steps is {tuned_steps}, of {plan.num_steps} steps: choose from 0 to {plan.num_steps}.")
+        raise DataError(f"tuned_steps is {tuned_steps}, of {plan.num_steps} steps: choose from 0 to {plan.num_steps}.")
     handover = plan.grid(policy.device)[last]  # the state at this time is the base model's to go on from
     shape = policy.model.noise_shape(geometry.height, geometry.width, geometry.frames)
     for start in range(0, len(prompts), batch):

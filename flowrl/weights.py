@@ -368,6 +368,7 @@ def load_lora(target: Any, folder: Path) -> None:
     pipe = getattr(target, "pipe", target)
     for component in components_of(target):
         file, part = lora_file(target, component), getattr(pipe, component)
+        _check_layers(folder / file.name, file.prefix, part)
         if hasattr(pipe, "load_lora_weights"):
             pipe.load_lora_weights(str(folder), weight_name=file.name, **file.options)
         else:
@@ -450,6 +451,30 @@ def load_adapter(module: Any, component: str, file: Path, adapter: str) -> None:
         raise ModelError(f"teacher {str(file)!r} {_UNFIT} ({error})") from error
     found = get_peft_model_state_dict(module, adapter_name=adapter) if own else {}
     _check_fit(file, asked, {name: tensor.shape for name, tensor in found.items()})
+
+
+def _check_layers(file: Path, prefix: str, part: Any) -> None:
+    """ModelError unless every adapter of a file has its layer in a component: diffusers would leave out the others."""
+    from safetensors import safe_open
+
+    layers = dict(part.named_modules())
+    with safe_open(str(file), framework="pt") as stored:
+        found = {key: torch.Size(stored.get_slice(key).get_shape()) for key in stored.keys()}
+    wrong = [key for key, shape in found.items() if not _has_layer(layers, key.removeprefix(f"{prefix}."), shape)]
+    if wrong or not found:
+        example = (
+            f"{len(wrong)} of {len(found)} tensors have no such layer, e.g. {wrong[0]}" if wrong else "it is empty"
+        )
+        raise ModelError(f"weights {str(file)!r}: the adapter {_UNFIT} ({example})")
+
+
+def _has_layer(layers: Mapping[str, Any], name: str, shape: torch.Size) -> bool:
+    """Whether the layer of an adapter's factor is there, and as wide: the columns of A, the rows of B."""
+    path, _, factor = name.rpartition(".lora_")
+    weight = getattr(getattr(layers.get(path), "base_layer", layers.get(path)), "weight", None)
+    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+        return weight is not None
+    return bool(weight.shape[1] == shape[1] if factor.startswith("A") else weight.shape[0] == shape[0])
 
 
 def _check_fit(source: Path, stored: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> None:

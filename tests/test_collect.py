@@ -5,7 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowrl.collect import Conditions, Geometry, _whole_groups, decode, decode_and_submit, roll_out, sample, samples_of
+from flowrl.collect import (
+    Conditions,
+    Geometry,
+    _whole_groups,
+    decode,
+    decode_and_submit,
+    draw,
+    roll_out,
+    sample,
+    samples_of,
+)
 from flowrl.types import Prompt
 from samplers import noise_source
 from tests import runs
@@ -139,6 +149,32 @@ def test_portions_of_a_rollout_change_nothing_but_memory(policy):
     assert max(sizes) == 5
     assert torch.allclose(parts.trajectory.x0, whole.trajectory.x0, atol=1e-5)
     assert torch.allclose(parts.trajectory.logprob, whole.trajectory.logprob, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ where a grid begins
+
+
+@pytest.mark.slow
+def test_both_begin_where_the_model_s_grid_does():
+    """Stable Diffusion's first level leaves some of the picture, and its state there is not the noise itself."""
+    from flowrl.models import load
+    from flowrl.policy import Policy
+
+    own = Policy(load("tiny/sd15"), frozen=True)
+    times, index = own.model.times(3, 32, 32), torch.arange(3)
+    shape = own.model.noise_shape(32, 32)
+
+    drawn = collect(own, algorithm(num_steps=3, shared_noise=False, strategy="frozen")).trajectory
+    prompt = index.repeat_interleave(K)
+    source = noise_source(shape, seed=0, iteration=0, prompt=prompt, member=torch.arange(3 * K) % K)
+    noise = source(torch.arange(3 * K), torch.zeros(3 * K, dtype=torch.long), -1)
+    states = drawn.select(drawn.step == 0).x
+    assert torch.equal(states, own.model.start(noise, float(times[0]))) and not torch.allclose(states, noise, atol=1e-2)
+
+    (x0,) = draw(own, PROMPTS, range(3), Conditions(encode=own.encode), GEOMETRY, num_steps=3, seed=4)
+    noise = noise_source(shape, seed=4, iteration=-1, prompt=index)(index, index * 0, -1)
+    walked = euler(own.velocity, own.model.start(noise, float(times[0])), times, own.encode(runs.PROMPTS))
+    assert torch.allclose(x0, walked, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ samples

@@ -34,19 +34,26 @@ def test_every_size_has_a_valid_run(size, small, tmp_path):
 
 
 def test_the_floor_repeats_every_call_in_its_way():
-    network = nn.Linear(3, 2)
-    calls = bench.Calls(network)
+    network, role = nn.Linear(3, 2), "rollout"
+    calls = bench.Calls(network, lambda: role)
     with torch.no_grad():
         for _ in range(3):
             network(torch.ones(4, 3))
+    role = "train"
     network(torch.zeros(2, 3))
+    role = "reference"
+    with torch.no_grad():
+        network(torch.ones(4, 3))
     again = []
     network.register_forward_hook(lambda module, inputs, out: again.append((out.requires_grad, len(out))))
     floor = calls.floor(torch.float32, lambda: None)
-    assert sorted(again) == [(False, 4)] * 3 + [(True, 2)]
+    assert sorted(again) == [(False, 4)] * 4 + [(True, 2)]
+    assert {(phase, graded): n for (phase, graded, _), n in calls.counts.items()} == {
+        ("collect", False): 3, ("update", True): 1, ("update", False): 1,
+    }  # fmt: skip
     assert 0 < floor["collect"] and 0 < floor["update"]
     assert network.bias.grad.tolist() == [2.0, 2.0]  # of one backward pass through two rows, and of the sum
-    assert sum(calls.counts.values()) == 4  # those of the floor are not counted
+    assert sum(calls.counts.values()) == 5  # those of the floor are not counted
 
 
 def test_the_timing_is_told_with_its_floor(tmp_path):

@@ -1,6 +1,7 @@
 """Every tiny pipeline, of every family: what is trained is what diffusers samples. A new file in flowrl/tiny joins."""
 
 import inspect
+from collections import Counter
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.slow
 
 NAMES = sorted(tiny.names())
 GUIDANCE = 3.0
+EXPERTS = (0.9, 0.1)  # times of which either expert has one
 KERNELS = ("flow_sde", "dance_sde", "wan_sde", "cps", "ddim")
 
 
@@ -102,6 +104,20 @@ def test_one_step_moves_as_the_pipeline_s(model):
     assert torch.allclose(mine, theirs.float(), atol=1e-5 * float(theirs.abs().max().clamp(min=1)))
 
 
+def test_a_wide_and_longer_sample_is_the_pipeline_s(model):
+    """Height, width and time are not taken for one another."""
+    if model.height != model.width:
+        pytest.skip("it is no square in the other tests either")
+    frames = model.frames + 2 * model.temporal_factor if model.video else 1
+    own = load(model.path, height=model.height, width=2 * model.width, frames=frames)
+    texts = prompts(own)[:1]
+    eps = noise(own, 1)
+    x0 = sampled(own, texts, eps, 1.0, 2)
+    assert own.decode(x0).shape == (1, frames, 3, own.height, own.width)
+    mine, theirs = own.pipeline_output(x0), drawn_by_diffusers(own, texts, eps, 1.0, num_inference_steps=2)
+    assert torch.allclose(mine, theirs.float(), atol=1e-5 * float(theirs.abs().max().clamp(min=1)))
+
+
 def test_prompts_sources_and_guidance_count(model):
     """Conditions reach the network: another prompt, another picture, another guidance give another velocity."""
     texts = prompts(model)
@@ -117,16 +133,15 @@ def test_prompts_sources_and_guidance_count(model):
         assert not torch.allclose(base, model.velocity(eps, t, model.encode(texts, given), GUIDANCE), atol=1e-6)
 
 
-def test_prompts_of_other_lengths_in_a_batch_change_nothing(model):
-    """A prompt's velocity does not depend on how long its neighbours are, whatever was padded."""
-    if model.num_sources[0]:
-        pytest.skip("its prompts come with a picture each")
-    texts = ["cat", "a rather long sentence of many words"]
+def test_neighbours_in_a_batch_change_nothing(model):
+    """A prompt's velocity is that of its own text and picture, however long its neighbours are and what they show."""
+    texts, given = ["cat", "a rather long sentence of many words"], sources(model, 2)
     eps, t = noise(model, 2), torch.tensor([0.3, 0.8])
+    both, each = model.encode(texts, given), [model.encode([texts[i]], given[i : i + 1]) for i in range(2)]
     for guidance in allowed(model):
-        together = model.velocity(eps, t, model.encode(texts), guidance)
-        for i, text in enumerate(texts):
-            alone = model.velocity(eps[i : i + 1], t[i : i + 1], model.encode([text]), guidance)
+        together = model.velocity(eps, t, both, guidance)
+        for i, cond in enumerate(each):
+            alone = model.velocity(eps[i : i + 1], t[i : i + 1], cond, guidance)
             assert torch.allclose(together[i : i + 1], alone, atol=2e-5), float((together[i] - alone[0]).abs().max())
 
 
@@ -146,6 +161,21 @@ def test_media_come_back_as_latents(model):
     latents = model.encode_media(torch.rand(1, model.frames, 3, model.height, model.width))
     assert latents.shape[1:] == model.noise_shape(model.height, model.width, model.frames)
     assert latents.isfinite().all() and latents.dtype == torch.float32
+
+
+def test_latents_of_media_are_the_vae_s_scaled(model):
+    """`unscale` is checked by the decoding above; `scale` is its inverse."""
+    vae = model.pipe.vae
+    media = torch.rand(1, model.frames, 3, model.height, model.width, generator=torch.Generator().manual_seed(0))
+    pixels = media.transpose(1, 2) if any(p.ndim == 5 for p in vae.parameters()) else media[:, 0]
+    with torch.no_grad():
+        found = vae.encode(pixels * 2 - 1, return_dict=False)[0]
+        raw = found if isinstance(found, torch.Tensor) else found.mode()
+    latents = model.encode_media(media)
+    again = model.unscale(latents)
+    assert torch.allclose(again.reshape(raw.shape), raw, atol=1e-5 * float(raw.abs().max().clamp(min=1)))
+    assert torch.allclose(model.scale(again), latents, atol=1e-5 * float(latents.abs().max().clamp(min=1)))
+    assert latents.shape != raw.shape or not torch.allclose(latents, raw, atol=1e-2)
 
 
 def test_sizes_that_cannot_be_are_refused_with_the_nearest(model):
@@ -178,20 +208,34 @@ def test_the_first_ratio_is_one(model, kernel):
             assert abs(float(again - one.logprob)) <= 1e-5
 
 
-def test_gradient_checkpointing_changes_no_gradient(model):
-    found = []
+def attention_runs(model):
+    """{layer of attention: how often it has run}, counted from now on.
+
+    Without those of HunyuanVideo's refiner of the text, whose activations diffusers keeps.
+    """
+    runs = Counter()
+    for part in model.components:
+        for name, module in getattr(model.pipe, part).named_modules():
+            if name.endswith(model.lora_targets) and "token_refiner" not in name:
+                module.register_forward_pre_hook(lambda *_, layer=f"{part}.{name}": runs.update([layer]))
+    return runs
+
+
+def test_gradient_checkpointing_runs_blocks_twice_and_changes_no_gradient(model):
+    found, runs = [], []
     for checkpointing in (False, True):
         own = load(model.path)
         own.trainable.requires_grad_(True).train(False)
         if checkpointing:
             own.enable_gradient_checkpointing()
             own.trainable.train()
-        texts = prompts(own)
-        eps = noise(own, len(texts))
-        own.velocity(
-            eps, torch.full((len(texts),), 0.7), own.encode(texts, sources(own, len(texts)))
-        ).square().mean().backward()
+        runs.append(attention_runs(own))
+        cond = take(own.encode(prompts(own)[:1], sources(own, 1)), torch.zeros(2, dtype=torch.long))
+        own.velocity(noise(own, 2), torch.tensor(EXPERTS), cond).square().mean().backward()
         found.append({n: p.grad for n, p in own.trainable.named_parameters() if p.grad is not None})
+    for part in model.components:
+        once = {layer: count for layer, count in runs[0].items() if layer.startswith(f"{part}.")}
+        assert once and {layer: runs[1][layer] for layer in once} == {layer: 2 * count for layer, count in once.items()}
     assert found[0] and found[0].keys() == found[1].keys()
     largest = max(float(g.abs().max()) for g in found[0].values())
     assert largest > 0
@@ -202,7 +246,6 @@ def test_gradient_checkpointing_changes_no_gradient(model):
 # ------------------------------------------------------------------------------------------------ learning and export
 
 LORA = {"rank": 2, "alpha": 6}  # a reader that takes alpha for the rank is wrong by a factor of 3
-EXPERTS = (0.9, 0.1)  # times of which either expert has one
 
 
 def adapted(model, seed=0):
@@ -214,6 +257,21 @@ def adapted(model, seed=0):
             if "lora_B" in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return policy
+
+
+ADAPTED = {
+    "cogvideox": 8, "cogvideox15": 8, "flux": 11, "flux2": 9, "flux2_klein": 9, "flux_kontext": 11, "flux_schnell": 11,
+    "hunyuan_video": 15, "hunyuan_video15": 20, "ltx": 16, "qwen_image": 16, "qwen_image_edit": 16,
+    "qwen_image_edit_plus": 16, "sana": 16, "sd15": 32, "sd21": 32, "sd3": 19, "sdxl": 32, "wan": 16, "wan22": 32,
+    "wan22_i2v": 32, "wan22_ti2v": 16, "wan22_ti2v_image": 16, "wan_i2v": 20, "z_image": 16,
+}  # fmt: skip
+"""Layers that adapters go to by default; of a new family, count those of its attention by hand."""
+
+
+def test_adapters_go_to_every_layer_of_attention(model):
+    policy = Policy(load(model.path), lora=LORA)
+    layers = [name for name, _ in policy.model.trainable.named_parameters() if "lora_A" in name]
+    assert len(layers) == ADAPTED[model.path.removeprefix("tiny/")], layers
 
 
 def changed(model, seed=0):

@@ -7,6 +7,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from flowrl.models import ModelError, load, load_pipeline
 from flowrl.models.wan import Wan
+from flowrl.policy import Policy
 from flowrl.types import take
 from tests.models.tiny import euler
 
@@ -57,6 +58,50 @@ def test_a_row_says_the_same_among_rows_of_the_other_expert(experts):
                 one = slice(i, i + 1)
                 alone = experts.velocity(eps(experts)[one], t[one], take(cond, torch.tensor([i])), guidance)
                 assert torch.allclose(both[one], alone, atol=1e-5)
+
+
+@pytest.fixture
+def adapted():
+    """A policy on both experts, of whose adapters none is zero."""
+    policy = Policy(load("tiny/wan22"), lora={"rank": 2, "alpha": 6}, ema_decay=0.75, ema_warmup=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    policy.ema.reset()
+    return policy
+
+
+def test_the_reference_is_the_base_model_s_at_the_times_of_either_expert(experts, adapted):
+    cond = experts.encode(TEXTS)
+    for t in (torch.full((2,), 0.95), torch.full((2,), 0.3)):
+        with torch.no_grad():
+            base, tuned = experts.velocity(eps(experts), t, cond), adapted.velocity(eps(experts), t, cond)
+            assert not torch.allclose(tuned, base, atol=1e-3)
+            with adapted.reference():
+                assert torch.equal(adapted.velocity(eps(experts), t, cond), base)
+            assert torch.equal(adapted.velocity(eps(experts), t, cond), tuned)
+
+
+def test_the_average_is_of_both_experts(adapted):
+    def adapters():
+        return {
+            f"{part}.{name}": parameter.detach().clone()
+            for part in ("transformer", "transformer_2")
+            for name, parameter in getattr(adapted.model.pipe, part).named_parameters()
+            if "lora" in name
+        }
+
+    before = adapters()
+    with torch.no_grad():
+        for parameter in adapted.trainable_parameters():
+            parameter.add_(1.0)
+    adapted.update_average()
+    with adapted.averaged():
+        averaged = adapters()
+    assert len({name.split(".")[0] for name in before}) == 2 and averaged.keys() == before.keys()
+    for name, value in averaged.items():
+        assert torch.allclose(value, before[name] + 0.25, atol=1e-6), name
 
 
 def test_a_guidance_of_its_own_is_refused_where_there_is_no_second_expert():

@@ -17,9 +17,13 @@ from flowrl.data import DataError
 from flowrl.policy import Policy
 from flowrl.record import Recorder
 from flowrl.types import T_NEXT, Algorithm, Batch, Cond, Prompt, padded, take
+from flowrl.weights import Example
 from rewards import RewardHub, Sample
 from rewards.folder import reference
 from samplers import Plan, Solver, Trajectory, Velocity, deterministic, noise_source, rollout, stable_seed
+
+EVALUATION = -1
+"""The iteration that keys the noise of samples which are not trained on."""
 
 Guidance = Callable[[Velocity, Cond], Velocity]
 """guide(velocity, conditions [P, ...]) -> another velocity, whose prompts are indices into these conditions too."""
@@ -157,6 +161,17 @@ def _check_solver(plans: Sequence[Plan], policy: Policy) -> None:
         )
 
 
+def example_of(policy: Policy, prompts: Sequence[Prompt], geometry: Geometry, seed: int) -> Example | None:
+    """The first sample of an evaluation for an export's README; None where a pipeline's call cannot draw it alone."""
+    model: Any = policy.model
+    if not hasattr(model, "pipeline_latents") or hasattr(model, "readme") or prompts[0].sources:
+        return None
+    shape = model.noise_shape(geometry.height, geometry.width, geometry.frames)
+    first = torch.zeros(1, dtype=torch.long)
+    noise = noise_source(shape, seed=seed, iteration=EVALUATION, prompt=first)(first, first, -1)
+    return Example(prompts[0].text, model.pipeline_latents(noise))
+
+
 def solver_of(policy: Policy) -> Solver:
     """The solver that evaluations and samples of this model are walked with."""
     return getattr(policy.model, "solver", "euler")
@@ -274,7 +289,7 @@ def grow(plans: Sequence[Plan], place: Tensor, walk: Callable[[Plan, Tensor], Tr
 
 def sample(
     policy: Policy, prompts: Sequence[Prompt], slots: Sequence[int], conditions: Conditions, geometry: Geometry, *,
-    num_steps: int, seed: int, iteration: int = -1, batch: int = 150, tuned_steps: int | None = None,
+    num_steps: int, seed: int, iteration: int = EVALUATION, batch: int = 150, tuned_steps: int | None = None,
     guide: Guidance | None = None,
 ) -> Tensor:  # fmt: skip
     """One sample [N,F,3,H,W] a prompt along the model's own grid, by ODE; noise keyed by (seed, iteration, slot).
@@ -292,7 +307,7 @@ def sample(
 
 def draw(
     policy: Policy, prompts: Sequence[Prompt], slots: Sequence[int], conditions: Conditions, geometry: Geometry, *,
-    num_steps: int, seed: int, iteration: int = -1, batch: int = 150, tuned_steps: int | None = None,
+    num_steps: int, seed: int, iteration: int = EVALUATION, batch: int = 150, tuned_steps: int | None = None,
     guide: Guidance | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The clean latents [n,*L] that `sample` decodes, `batch` of them at a time."""

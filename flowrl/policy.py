@@ -29,6 +29,7 @@ from flowrl.models.pipeline import ModelError
 from flowrl.types import Cond, Model
 from flowrl.weights import (
     ADAPTER,
+    Example,
     Format,
     Learnt,
     check_readable,
@@ -262,17 +263,18 @@ class Policy:
 
     def export(
         self, folder: str | Path, *, averaged: bool = True, inference: Mapping[str, Any] | None = None,
-        form: Format = "diffusers",
+        form: Format = "diffusers", example: Example | None = None,
     ) -> Path:  # fmt: skip
         """Writes what was learnt in one of the formats of `flowrl.weights`, with `inference.json` and a README.
 
-        `inference` are arguments of the pipeline's call, over those of the model; guidance is the policy's.
+        `inference` are arguments of the pipeline's call, over those of the model; guidance is the policy's. `example`
+        is what the README's code draws.
         """
         if not self._parameters:
             raise ModelError("a frozen policy has learnt nothing that could be exported.")
         learnt = Learnt(
             model=self.model, parts=self._parts, lora=self.lora is not None, guidance=self.guidance,
-            inference=inference or {},
+            inference=inference or {}, example=example,
         )  # fmt: skip
         with self.averaged() if averaged else nullcontext():
             write(learnt, Path(folder), form)

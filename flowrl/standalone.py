@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flowrl import checkpoint
-from flowrl.collect import Conditions, Geometry, Guidance, sample
+from flowrl.collect import Conditions, Geometry, Guidance, example_of, sample
 from flowrl.config import Config, load_config
 from flowrl.data import BUILT_IN, SOURCE, load_prompts
 from flowrl.engine import default_device
@@ -230,7 +230,14 @@ def export_run(run: Path, output: Path | None, *, averaged: bool, form: Format =
     tensors = {k: v for k, v in tensors.items() if not k.startswith("old.")}  # follows the weights in training alone
     policy.load_state_dict(tensors)
     target = output or run / f"export_{form}"
-    return policy.export(target, averaged=averaged, inference=inference_settings(config), form=form)
+    settings, geometry = config.data.evaluation, geometry_of(config, policy.model)
+    prompts = evaluation_prompts(
+        load_prompts(config.data.eval_prompts or config.data.prompts, "held_out"), settings.num_samples
+    )
+    return policy.export(
+        target, averaged=averaged, inference=inference_settings(config), form=form,
+        example=example_of(policy, prompts, geometry, settings.seed),
+    )  # fmt: skip
 
 
 def ratio_rows() -> list[tuple[str, str, str]]:

@@ -27,7 +27,16 @@ from flowrl import checkpoint
 from flowrl.algorithms.advantages import group_advantages
 from flowrl.algorithms.schedule import credit_of, plans_of
 from flowrl.checkpoint import Checkpoint, CheckpointError, RunLock, flatten_optimizer, restore_optimizer
-from flowrl.collect import Conditions, Geometry, StoredSamples, check_sources, check_stored, decode_and_submit, roll_out
+from flowrl.collect import (
+    Conditions,
+    Geometry,
+    StoredSamples,
+    check_sources,
+    check_stored,
+    decode_and_submit,
+    example_of,
+    roll_out,
+)  # fmt: skip
 from flowrl.config import Config, ModelConfig, diff, dump, identity, stored_per_prompt
 from flowrl.costs import expected_cost
 from flowrl.curriculum import curriculum
@@ -601,7 +610,8 @@ class Trainer:
         if self.best:
             self.policy.load_state_dict(self.best)
         shutil.rmtree(self.folder / "weights", ignore_errors=True)  # what a killed or another attempt left there
-        self.policy.export(self.folder / "weights", inference=inference_settings(self.config))
+        example = example_of(self.policy, self.eval_prompts, self.geometry, self.config.data.evaluation.seed)
+        self.policy.export(self.folder / "weights", inference=inference_settings(self.config), example=example)
         write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         write_report(self.folder)
         self._status("finished")

@@ -29,6 +29,7 @@ from flowrl.models.pipeline import BUILT_IN, INDEX, INFERENCE, LORA_WEIGHTS, Mod
 Format = Literal["diffusers", "peft", "comfyui", "merged"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 ADAPTER = "default"
+NOISE = "noise.safetensors"
 COMFYUI_WEIGHTS = "comfyui_lora.safetensors"
 
 _METADATA = "lora_adapter_metadata"
@@ -67,6 +68,14 @@ def lora_file(model: Any, component: str, name: str = LORA_WEIGHTS) -> LoraFile:
 # ------------------------------------------------------------------------------------------------ writing
 
 
+class Example(NamedTuple):
+    """A sample that the code in the README draws again."""
+
+    prompt: str
+    latents: Tensor
+    """Its noise, as the pipeline's call takes it, [1,...]."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Learnt:
     """What is to be written: a model, which of its components learnt, and how it is to be called."""
@@ -78,6 +87,7 @@ class Learnt:
     guidance: float
     inference: Mapping[str, Any]
     """Arguments of the pipeline's call, over those of the model."""
+    example: Example | None = None
 
 
 def write(learnt: Learnt, folder: Path, form: Format = "diffusers") -> None:
@@ -85,10 +95,18 @@ def write(learnt: Learnt, folder: Path, form: Format = "diffusers") -> None:
     _check(learnt, form)
     folder.mkdir(parents=True, exist_ok=True)
     told = _WRITERS[form](learnt, folder)
+    if learnt.example is not None:
+        _save_noise(learnt.example, folder)
     (folder / INFERENCE).write_text(json.dumps(_arguments(learnt), indent=2) + "\n")
     # A model that no pipeline of diffusers can walk says itself how it is used.
     readme = getattr(learnt.model, "readme", None)
     (folder / "README.md").write_text(told if readme is None else readme(folder.name, learnt.lora))
+
+
+def _save_noise(example: Example, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"latents": _plain(example.latents)}, folder / NOISE)
 
 
 def _check(learnt: Learnt, form: Format) -> None:
@@ -308,7 +326,12 @@ def _readme(learnt: Learnt, folder: Path, load: list[str], text: str = "", whole
         draw.append(f"pipe.guider = pipe.guider.new(guidance_scale={learnt.guidance}, enabled=True)")
     if model.num_sources[0]:
         draw.append("from diffusers.utils import load_image")
-    code = "\n".join([*head, *load, *draw, *_drawing(model)])
+    if learnt.example is not None:
+        draw += [
+            "from safetensors.torch import load_file",
+            f'latents = load_file("{folder.name}/{NOISE}")["latents"]  # of the first sample of an evaluation',
+        ]
+    code = "\n".join([*head, *load, *draw, *_drawing(model, learnt.example)])
     use = "To use it with diffusers, in the folder above this one:"
     return _page(learnt, f"{text}\n\n{use}\n\n```python\n{code}\n```\n".lstrip())
 
@@ -318,10 +341,11 @@ def _page(learnt: Learnt, body: str) -> str:
     return f"# {title}\n\nTrained with flowrl. {body}"
 
 
-def _drawing(model: Any) -> list[str]:
-    """Code that draws with `pipe`."""
+def _drawing(model: Any, example: Example | None) -> list[str]:
+    """Code that draws with `pipe`: the example again, or a prompt of one's own."""
     source = 'image=load_image("source.png"), ' if model.num_sources[0] else ""
-    draw = f'pipe(prompt="your prompt", {source}generator=torch.manual_seed(0), **settings)'
+    prompt, noise = ("your prompt", "") if example is None else (example.prompt, "latents=latents, ")
+    draw = f"pipe(prompt={json.dumps(prompt)}, {source}{noise}generator=torch.manual_seed(0), **settings)"
     if not model.video:
         return [f'{draw}.images[0].save("image.png")']
     return [

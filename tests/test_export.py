@@ -11,7 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from flowrl import cli, comfyui, standalone
+from flowrl.collect import Conditions, sample
+from flowrl.data import load_prompts
 from flowrl.models import ModelError
+from flowrl.policy import Policy, load_weights
 from flowrl.weights import ADAPTER, FORMATS
 from rewards.folder import read
 from samplers import noise_source
@@ -90,6 +93,27 @@ def test_the_readme_of_each_format_draws_what_sample_draws(trained, drawn, mediu
     theirs = pipe(prompt="a cat", latents=latents, output_type="pt", return_dict=False, **settings)[0]
     theirs = theirs if medium == "video" else theirs[:, None]
     torch.testing.assert_close(torch.as_tensor(theirs).float(), ours, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("medium", MODELS)
+def test_the_readme_of_a_run_draws_its_first_evaluation_sample_again(trained, medium, monkeypatch):
+    run = trained(medium, "full")
+    config = standalone.run_config(run)
+    prompts = load_prompts(config.data.eval_prompts or config.data.prompts, "held_out")[:1]
+    assert json.dumps(prompts[0].text) in (run / "weights" / "README.md").read_text()
+    names = by_readme(run / "weights", monkeypatch)
+    again = names["pipe"](
+        prompt=prompts[0].text, latents=names["latents"], output_type="pt", return_dict=False, **names["settings"]
+    )[0]
+    policy = Policy(standalone.load_model(config), frozen=True, guidance=config.model.guidance)
+    load_weights(policy, run / "weights")
+    (ours,) = sample(
+        policy, prompts, [0], Conditions(encode=policy.encode), standalone.geometry_of(config, policy.model),
+        num_steps=config.data.evaluation.num_steps, seed=config.data.evaluation.seed,
+    )  # fmt: skip
+    torch.testing.assert_close(torch.as_tensor(again).float().reshape(ours.shape), ours, rtol=0, atol=1e-4)
+    if medium == "image":
+        assert (read(run / "image.png")[0] - ours[0]).abs().max() < 2 / 255
 
 
 def test_a_merged_run_is_a_model_of_its_own(trained, drawn, tmp_path):

@@ -162,7 +162,10 @@ def kind(annotation: Any, metadata: Any = ()) -> str:
             return "[" + ", ".join(map(kind, args)) + "]"
         return "list of sections" if _is_section(args[0]) else f"list of {kind(args[0])}"
     if origin is dict:
-        return " or ".join(f"{{{name}: [number, number]}}" for name in typing.get_args(args[0]))
+        names = typing.get_args(args[0]) if typing.get_origin(args[0]) is Literal else ("name",)
+        return " or ".join(f"{{{name}: {kind(args[1])}}}" for name in names)
+    if annotation is Any:
+        return "anything"
     if _is_section(annotation):
         return "section"
     word = {int: "whole number", float: "number", str: "text", bool: "true or false"}[annotation]
@@ -211,7 +214,7 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[str]:
 
 def _grouped(keys: list[str]) -> list[str]:
     """A whole section by its name, and the entries of a list by a star."""
-    whole = ("engine", "log", "data.evaluation")
+    whole = ("engine", "log")
     out = [next((s for s in whole if key.startswith(s + ".")), key.replace(".0.", ".*.")) for key in keys]
     return list(dict.fromkeys(out))
 

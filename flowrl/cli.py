@@ -103,13 +103,16 @@ def plan(
     import torch
 
     from flowrl import estimate
+    from flowrl.collect import check_sources
     from flowrl.costs import expected_cost
+    from flowrl.data import load_prompts
     from flowrl.engine import default_device
     from flowrl.policy import Policy
     from flowrl.train import geometry_of
 
     algorithm = loaded.algorithm.build()
     model = estimate.sketch(loaded)
+    check_sources(model, load_prompts(loaded.data.prompts, "train"))
     policy = Policy(model, lora=loaded.model.lora and loaded.model.lora.model_dump())
     geometry = geometry_of(loaded, model)
     times = model.times(algorithm.num_steps, geometry.height, geometry.width, geometry.frames)

@@ -194,6 +194,8 @@ def _as_trained(path: str, exported: Path | None) -> tuple[Any, dict[str, Any]]:
 
 def _output(given: Path | None, model: Any) -> Path:
     """Where the samples go; RunError for a video that a model of pictures cannot make, or nobody here can write."""
+    if given is not None and given.suffix not in (".png", VIDEO):
+        raise RunError(f"--output {given}: samples are written as .png, or as {VIDEO} of videos. Name one of them.")
     video, writes = getattr(model, "video", False), importlib.util.find_spec("av") is not None
     if given is not None and given.suffix == VIDEO and not (video and writes):
         reason = 'writing MP4 needs PyAV: pip install -e ".[video]"' if video else f"{model.path!r} makes pictures"

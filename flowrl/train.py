@@ -49,7 +49,7 @@ from flowrl.history import PromptHistory
 from flowrl.log import RunLog, plain, write_atomic
 from flowrl.memory import explained, fit, loading_options
 from flowrl.metrics import PhaseTimer
-from flowrl.models.pipeline import load
+from flowrl.models.pipeline import ModelError, load
 from flowrl.policy import Policy
 from flowrl.record import Recorder
 from flowrl.report import headline, save_grid, table_lines, write_report
@@ -648,6 +648,9 @@ def load_model(config: Config, device: torch.device | str | None = None) -> Any:
         section.path, family=section.family, dtype=getattr(torch, section.dtype), loading=loading_options(section),
         inference=section.inference, **options_of(section),
     )  # fmt: skip
+    own = getattr(model, "guidance_argument", "")
+    if own and own in (section.inference or {}):
+        raise ModelError(f"model.inference sets {own}, which is model.guidance here. Set that, and leave this out.")
     if config.model.decode_tiling:
         model.enable_tiling()
     if device is not None:

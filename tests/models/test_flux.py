@@ -183,3 +183,29 @@ def test_flux2_s_large_sources_are_shrunk_as_the_pipeline_shrinks_them(flux2):
     )
     assert ours.shape == (1, 3, 880, 1168)
     assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_batch_may_mix_prompts_with_and_without_pictures(tmp_path):
+    from PIL import Image
+
+    from flowrl.collect import Conditions
+    from flowrl.policy import Policy
+    from flowrl.types import Prompt
+
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    own = load("tiny/flux2")
+    prompts = [Prompt(id=0, text="x"), Prompt(id=1, text="y", metadata={"source": str(tmp_path / "a.png")})]
+    x, t = torch.randn(2, *own.noise_shape(own.height, own.width)), torch.full((2,), 0.5)
+    conditions = Conditions(encode=Policy(own, frozen=True).encode)
+    there = own.velocity(x, t, conditions(prompts))
+    back = own.velocity(x.flip(0), t, conditions(prompts[::-1])).flip(0)
+    alone = [own.velocity(x[i : i + 1], t[:1], conditions(prompts[i : i + 1])) for i in range(2)]
+    assert torch.allclose(there, back, atol=1e-5) and torch.allclose(there, torch.cat(alone), atol=1e-5)
+
+
+def test_a_teacher_may_not_guide_what_cannot_be_guided():
+    from flowrl.models import ModelError
+    from flowrl.policy import Policy
+
+    with pytest.raises(ModelError, match="no classifier-free guidance"):
+        Policy(load("tiny/flux2"), frozen=True, largest_guidance=3.0)

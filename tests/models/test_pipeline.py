@@ -173,3 +173,17 @@ def test_a_hub_model_without_settings_has_none(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert models.read_inference("owner/name", SimpleNamespace()) == {}
+
+
+def test_guidance_has_one_key(tmp_path):
+    from flowrl.train import load_model
+    from tests import runs
+
+    config = runs.config("tiny/sd3", tmp_path, {"model.inference": {"guidance_scale": 7.0}})
+    with pytest.raises(ModelError, match="guidance_scale, which is model.guidance"):
+        load_model(config)
+
+
+def test_settings_that_training_does_not_heed_are_told():
+    with pytest.warns(UserWarning, match="sets clip_skip, which SD3 does not heed"):
+        load("tiny/sd3", inference={"clip_skip": 1})

@@ -15,6 +15,7 @@ import torch
 
 from flowrl.checkpoint import CheckpointError, latest_valid
 from flowrl.engine import EngineError
+from flowrl.memory import OutOfMemory
 from flowrl.types import Loss
 from rewards import RewardError
 from tests import runs, threaded
@@ -175,7 +176,8 @@ def test_a_loss_that_fails_on_one_rank_stops_all(ranks):
     two[1].updater.algorithm = Broken()
     first, second = threaded.together([lambda t=t: t.step(0) for t in two])
     assert isinstance(first, EngineError) and "process 1 failed: OutOfMemoryError: out of memory" in str(first)
-    assert isinstance(second, torch.OutOfMemoryError)
+    assert isinstance(second, OutOfMemory) and "Next cheaper" in str(second)
+    assert isinstance(second.__cause__, torch.OutOfMemoryError)
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(ranks):

@@ -27,6 +27,8 @@ Sources = Sequence[tuple[Tensor, ...]]
 """The source pictures of each prompt, each [3,H,W] in [0,1]: what an editing model edits, where a video begins."""
 
 NEGATIVE = "negative_"
+JOINT_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Attention projections of networks in which text and picture attend to each other, each with weights of its own."""
 _ENCODE_AT_ONCE = 32
 _TRAIN_STEPS = 1000
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from flowrl.models.base import PipelineModel, Sources, network_time, packed, unpacked
+from flowrl.models.base import JOINT_ATTENTION, PipelineModel, Sources, network_time, packed, unpacked
 from flowrl.types import Cond
 
 
@@ -24,16 +24,7 @@ class Flux(PipelineModel):
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
+    lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     grid_of_call: ClassVar[Literal["scheduler", "linear"]] = "linear"
     guidance_argument: ClassVar[str] = "true_cfg_scale"
     embedded_argument: ClassVar[str | None] = "guidance_scale"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from flowrl.models.base import PipelineModel, Sources
+from flowrl.models.base import JOINT_ATTENTION, PipelineModel, Sources
 from flowrl.types import Cond
 
 
@@ -21,16 +21,7 @@ class HunyuanVideo(PipelineModel):
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("HunyuanVideoPipeline",)
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
+    lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     video: ClassVar[bool] = True
     fps: ClassVar[float | None] = 24.0
     grid_of_call: ClassVar[Literal["scheduler", "linear"]] = "linear"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from flowrl.models.base import PipelineModel, Sources
+from flowrl.models.base import JOINT_ATTENTION, PipelineModel, Sources
 from flowrl.models.pipeline import ModelError
 from flowrl.types import Cond
 
@@ -25,16 +25,7 @@ class HunyuanVideo15(PipelineModel):
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("HunyuanVideo15Pipeline",)
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
+    lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     video: ClassVar[bool] = True
     fps: ClassVar[float | None] = 24.0
     grid_of_call: ClassVar[Literal["scheduler", "linear"]] = "linear"

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from flowrl.models.base import PipelineModel, Sources, network_time, packed, unpacked
+from flowrl.models.base import JOINT_ATTENTION, PipelineModel, Sources, network_time, packed, unpacked
 from flowrl.types import Cond
 
 Grid = tuple[int, int, int]
@@ -27,16 +27,7 @@ class QwenImage(PipelineModel):
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
+    lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     grid_of_call: ClassVar[Literal["scheduler", "linear"]] = "linear"
     guidance_argument: ClassVar[str] = "true_cfg_scale"
     empty_prompt: ClassVar[str] = " "

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from flowrl.models.base import PipelineModel, Sources
+from flowrl.models.base import JOINT_ATTENTION, PipelineModel, Sources
 from flowrl.types import Cond
 
 
@@ -17,16 +17,7 @@ class SD3(PipelineModel):
     """StableDiffusion3Pipeline as a velocity in flow coordinates; SD3's own time and velocity are those already."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
+    lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
 
     @property
     def patch(self) -> int:

@@ -47,7 +47,7 @@ def options(folder, values, **changes):
 
 
 def exported(folder):
-    return load_file(next((folder / "weights").rglob("*.safetensors")))
+    return load_file(next((folder / "weights").rglob("*_*.safetensors")))
 
 
 def test_the_weights_of_the_best_evaluation_are_exported(tiny_model, tmp_path):
@@ -144,7 +144,7 @@ def test_an_export_of_a_run_that_keeps_the_best_is_the_best(tiny_model, tmp_path
     given["algorithm"] = {"name": "flow_dpo", "num_steps": 3, "refresh_every": 1}
     Trainer(runs.config(tiny_model, tmp_path / "run", given)).run()
     export_run(tmp_path / "run", tmp_path / "out", averaged=True)
-    found = load_file(next((tmp_path / "out").rglob("*.safetensors")))
+    found = load_file(next((tmp_path / "out").rglob("*_*.safetensors")))
     assert runs.same(found, exported(tmp_path / "run"))
 
 

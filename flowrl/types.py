@@ -5,7 +5,7 @@ Symbols: P prompts, B samples (leaves), E stored edges, N draws, *L latent dimen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, runtime_checkable
@@ -17,6 +17,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from flowrl.history import PromptHistory
     from samplers import Kernel, Plan, Trajectory
+
+
+def identity(value: Tensor) -> Tensor:
+    """The value itself: what a sum over one process is."""
+    return value
+
 
 Cond = dict[str, Tensor]
 """What a model is conditioned on: named tensors whose first dimension is the prompt, [P, ...]."""
@@ -122,26 +128,82 @@ class Draws:
         return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """One flat table of N answers of a model that writes: what it chose, how probable that was, what it saw.
+
+    A row holds everything after the prompt, S places, padded on the right. Places where `mask` is False are not the
+    policy's choice (text of a tool, a forced ending, padding) and enter no loss.
+    """
+
+    ids: Tensor
+    """Token numbers, int64 [N,S]; 0 where there is none."""
+    present: Tensor
+    """Places that hold a token, bool [N,S]: the first so many of a row."""
+    mask: Tensor
+    """Places whose token the policy chose and answers for, bool [N,S]; never where `present` is False."""
+    logprob: Tensor
+    """Its log-probability when it was chosen, fp32 [N,S], temperature and banned tokens included; 0 off the mask."""
+    prompt: Tensor
+    """Index of the row's prompt in the batch's list, int [N]."""
+    inputs: tuple[Any, ...]
+    """What the model was given besides, one a row; the policy's own business. Rows of a prompt share the object."""
+    behaviour: Tensor | None = None
+    """What a foreign engine reported instead, fp32 [N,S]; None: the policy itself made the choices."""
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens that the policy chose, int [N]."""
+        return self.mask.sum(1)
+
+    def select(self, rows: Tensor) -> Self:
+        """The rows of a bool mask [N] or an index [M], with no more places than the longest of them has."""
+        index = torch.nonzero(rows).flatten() if rows.dtype == torch.bool else rows
+        kept = {name: tensor[index.to(tensor.device)] for name, tensor in self._given.items()}
+        longest = int(kept["present"].sum(1).max()) if len(index) else 0
+        cut = {name: tensor[:, :longest] if tensor.dim() == 2 else tensor for name, tensor in kept.items()}
+        inputs = tuple(self.inputs[i] for i in index.tolist())
+        return replace(self, inputs=inputs, **cut)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same rows on another device; `inputs` stay where they are."""
+        return replace(self, **{name: t.to(device) for name, t in self._given.items()})  # type: ignore[arg-type]
+
+    @classmethod
+    def cat(cls, tables: Sequence[Self], prompt_offsets: Sequence[int] | None = None) -> Self:
+        """Tables under each other, padded to the longest; `prompt_offsets` are added to their prompt numbers."""
+        offsets = prompt_offsets or [0] * len(tables)
+        joined = {
+            name: padded_places([t._given[name] for t in tables]) for name in tables[0]._given if name != "prompt"
+        }
+        prompt = torch.cat([t.prompt + offset for t, offset in zip(tables, offsets, strict=True)])
+        return cls(**joined, prompt=prompt, inputs=tuple(row for t in tables for row in t.inputs))
+
+    @property
+    def _given(self) -> dict[str, Tensor]:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "inputs"}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+
+def padded_places(parts: Sequence[Tensor]) -> Tensor:
+    """Tables [n,S] under each other, those with fewer places S padded with zeros on the right."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1])) for part in parts])
+
+
 @dataclass(kw_only=True, slots=True)
-class Batch:
-    """One iteration's samples and what became of them; the later fields are filled in by the later phases."""
+class SampleBatch:
+    """What one iteration's samples have in common, pictures or texts; later fields are filled in by later phases."""
 
     prompts: list[Prompt]
-    """P prompts; `trajectory.prompt` [E] and `leaf_prompt` [B] index into this list."""
-    cond: Cond
-    """Conditions, stored once a prompt: each [P, ...]."""
-    trajectory: Trajectory
-    leaf_prompt: Tensor
-    """Index of each sample's prompt, int [B]."""
-    media: Tensor | None = None
-    """Decoded samples [B,F,3,H,W] in [0,1]; F = 1 for images."""
-    plans: tuple[Plan, ...] = ()
-    """The plans that the iteration's roots were dealt, of all processes."""
+    """P prompts."""
     iteration: int = 0
     seed: int = 0
     """Of the run: with the iteration it keys what credit draws at random."""
-    velocity: Tensor | None = None
-    """Velocity of each stored state by its number [M,*L], with the rollout's graph, in a single-pass update."""
     scores: dict[str, Tensor] = field(default_factory=dict)
     """Score of each reward that counts, as it enters the sum, float64 [B]; NaN = no verdict."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -152,32 +214,123 @@ class Batch:
     """The prompt of each group, of all processes; for credit."""
     rewards: Tensor | None = None
     """What is trained on: the combined reward, float64 [B]; NaN = no verdict."""
-    times: Tensor | None = None
-    """The grid [T+1] that `plan` was given."""
     place: Tensor | None = None
     """Where each sample stands among those of all processes, which `rewards` are of while credit is given, [B]."""
+    advantages: Tensor | None = None
+    """Credit of each row [R]; of answers perhaps of each of their tokens, [R,S]."""
+    progress: float = 0.0
+    """Share of the run's iterations that are done, in [0, 1)."""
+    total: Callable[[Tensor], Tensor] = identity
+    """Adds a tensor up over all processes; while credit is given, all of them must ask equally often."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch(SampleBatch):
+    """One iteration's media and what became of them."""
+
+    cond: Cond
+    """Conditions, stored once a prompt: each [P, ...]."""
+    trajectory: Trajectory
+    """Its `prompt` [E], and `leaf_prompt` [B], index into the list of prompts."""
+    leaf_prompt: Tensor
+    """Index of each sample's prompt, int [B]."""
+    media: Tensor | None = None
+    """Decoded samples [B,F,3,H,W] in [0,1]; F = 1 for images."""
+    plans: tuple[Plan, ...] = ()
+    """The plans that the iteration's roots were dealt, of all processes."""
+    velocity: Tensor | None = None
+    """Velocity of each stored state by its number [M,*L], with the rollout's graph, in a single-pass update."""
+    times: Tensor | None = None
+    """The grid [T+1] that `plan` was given."""
     draws: Draws | None = None
     """The rows that are trained on, where those are not the stored edges."""
     critic: Critic | None = None
     """Decodes and scores with gradients, for methods that differentiate the reward."""
-    advantages: Tensor | None = None
-    """Credit of each row: stored edge [E] or draw [N]."""
+
+    @property
+    def group(self) -> Tensor:
+        """The group of each sample, int [B]."""
+        return self.trajectory.group
 
     @property
     def rows(self) -> Trajectory | Draws:
         """What the loss is a mean over."""
         return self.trajectory if self.draws is None else self.draws
 
-    def select(self, rows: Tensor) -> Batch:
+    def select(self, rows: Tensor) -> Self:
         """The batch with these rows only (a bool mask or an index), and their credit."""
         advantages = None if self.advantages is None else self.advantages[rows]
         if self.draws is not None:
             return replace(self, draws=self.draws.select(rows), advantages=advantages)
         return replace(self, trajectory=self.trajectory.select(rows), advantages=advantages)
 
+    def to(self, device: torch.device | str) -> Self:
+        """The batch where the policy computes; the rollout may have left its states in main memory."""
+        if self.trajectory.x0.device == torch.device(device):
+            return self
+        return replace(
+            self, trajectory=self.trajectory.to(device), leaf_prompt=self.leaf_prompt.to(device),
+            draws=self.draws and self.draws.to(device),
+            advantages=None if self.advantages is None else self.advantages.to(device),
+        )  # fmt: skip
+
+    def among(self, size: int, group: Tensor) -> Self:
+        """As `credit` sees it: this process's rows over the samples of all processes, `size` of them in `group`."""
+        assert self.place is not None
+        edges = self.trajectory
+        leaves = torch.zeros(len(edges), size, dtype=torch.bool, device=edges.leaves.device)
+        leaves[:, self.place.to(leaves.device)] = edges.leaves
+        return replace(self, trajectory=replace(edges, leaves=leaves, group=group.to(leaves.device)))
+
     def cond_at(self, prompt: Tensor) -> Cond:
         """The conditions of the prompts at `prompt` [N]."""
         return take(self.cond, prompt)
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenBatch(SampleBatch):
+    """One iteration's texts and what became of them. A row is an answer, so R = B."""
+
+    tokens: Tokens
+    group: Tensor
+    """The group of each answer, int [B]; while credit is given, of all processes' answers."""
+    facts: dict[str, Tensor] = field(default_factory=dict)
+    """What else is known of each answer, float64 [B]: tokens, truncated, forced, calls, ...; of all processes' answers
+    while credit is given."""
+    samples: tuple[Any, ...] = ()
+    """The answers as the rewards see them."""
+
+    @property
+    def rows(self) -> Tokens:
+        """What the loss is a mean over."""
+        return self.tokens
+
+    def select(self, rows: Tensor) -> Self:
+        """The batch with these answers only (a bool mask or an index), and their credit."""
+        tokens = self.tokens.select(rows)
+        advantages = None if self.advantages is None else self.advantages[rows]
+        if advantages is not None and advantages.dim() == 2:
+            advantages = advantages[:, : tokens.ids.shape[1]]
+        index = torch.nonzero(rows).flatten() if rows.dtype == torch.bool else rows
+        samples = tuple(self.samples[i] for i in index.tolist()) if self.samples else ()
+        facts = {name: fact[rows] if len(fact) == len(self.tokens) else fact for name, fact in self.facts.items()}
+        return replace(
+            self, tokens=tokens, advantages=advantages, samples=samples, facts=facts,
+            group=self.group[rows], place=None if self.place is None else self.place[rows],
+            rewards=None if self.rewards is None else self.rewards[rows],
+        )  # fmt: skip
+
+    def to(self, device: torch.device | str) -> Self:
+        """The batch where the policy computes."""
+        advantages = None if self.advantages is None else self.advantages.to(device)
+        return replace(self, tokens=self.tokens.to(device), advantages=advantages)
+
+    def among(self, size: int, group: Tensor) -> Self:
+        """As `credit` sees it: this process's rows, and the groups of all processes' answers."""
+        return replace(self, group=group)
+
+
+AnyBatch = Batch | TokenBatch
 
 
 class Loss(NamedTuple):
@@ -222,6 +375,29 @@ class Needs(NamedTuple):
     """Stored samples that each prompt must name, and that may stand among its own (`injection`)."""
     evaluations: int = 1
     """Velocities of the trained policy that the loss asks for one row."""
+
+
+class TokenStats(NamedTuple):
+    """What the policy says about the tokens of N answers, each [N,S] and 0 where no token is its choice."""
+
+    logprob: Tensor
+    """fp32, with gradient: temperature and banned tokens as when they were drawn."""
+    entropy: Tensor | None = None
+    """Of the distribution that each token was drawn from, in nats, with gradient."""
+    value: Tensor | None = None
+    """What the value head expects before each token, with gradient."""
+
+
+class TokenPolicy(Protocol):
+    """A model that writes, as an algorithm sees it."""
+
+    def evaluate(self, tokens: Tokens, *, entropy: bool = False, value: bool = False) -> TokenStats:
+        """What the current weights say about the tokens of N answers."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it `evaluate` is that of the frozen initial weights."""
+        ...
 
 
 class Policy(Protocol):
@@ -296,9 +472,17 @@ class Hyperparameters(BaseModel):
         """What the run must offer; a method that asks for more says so."""
         return Needs()
 
-    def draws(self, batch: Batch) -> Draws | None:
-        """The rows to train on; None = the stored edges of the rollout."""
+    def draws(self, batch: Any) -> Draws | None:
+        """The rows to train on; None = the stored edges of the rollout, or the answers."""
         return None
+
+    def mass(self, batch: Any) -> Tensor:
+        """What the means of an update are divided by, float64 [k], summed over its parts and processes: its rows."""
+        return torch.tensor([len(batch.rows)], dtype=torch.float64)
+
+    def share(self, batch: Any, total: Tensor) -> float:
+        """The share of a part's loss in that of its update, whose `mass` is `total` [k]: by its rows."""
+        return len(batch.rows) / float(total[0])
 
     def old_decay(self, iteration: int) -> float:
         """How slowly the old policy follows after this iteration, where `needs.old`; 0 = it is the trained one."""
@@ -335,6 +519,14 @@ class Algorithm(Protocol):
 
     def draws(self, batch: Batch) -> Draws | None:
         """The rows to train on; None = the stored edges of the rollout."""
+        ...
+
+    def mass(self, batch: Batch) -> Tensor:
+        """What the means of an update are divided by, float64 [k], summed over its parts and processes."""
+        ...
+
+    def share(self, batch: Batch, total: Tensor) -> float:
+        """The share of a part's loss in that of its update, whose `mass` is `total`."""
         ...
 
     def old_decay(self, iteration: int) -> float:

@@ -171,7 +171,7 @@ class Tokens:
 
     def to(self, device: torch.device | str) -> Self:
         """The same rows on another device; `inputs` stay where they are."""
-        return replace(self, **{name: t.to(device) for name, t in self._given.items()})  # type: ignore[arg-type]
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._given.items()})
 
     @classmethod
     def cat(cls, tables: Sequence[Self], prompt_offsets: Sequence[int] | None = None) -> Self:

@@ -37,8 +37,10 @@ def t5(hidden: int = 32, *, kind: str = "T5") -> tuple[Any, Any]:
     return getattr(transformers, f"{kind}EncoderModel")(config), tokenizer
 
 
-def qwen2_tokenizer(template: str = "{% for m in messages %}{{ m['content'] }}{% endfor %}", *extra: str) -> Any:
-    """Qwen2's tokenizer over the byte alphabet, with a chat template and further special tokens."""
+def qwen2_tokenizer(
+    template: str = "{% for m in messages %}{{ m['content'] }}{% endfor %}", *extra: str, **options: Any
+) -> Any:
+    """Qwen2's tokenizer over the byte alphabet, with a chat template, further special tokens, its other arguments."""
     from transformers import Qwen2Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -46,7 +48,7 @@ def qwen2_tokenizer(template: str = "{% for m in messages %}{{ m['content'] }}{%
     pieces = [*bytes_to_unicode().values(), *special]
     tokenizer = Qwen2Tokenizer(
         vocab={p: i for i, p in enumerate(pieces)}, merges=[], unk_token="<|endoftext|>", eos_token="<|im_end|>",
-        pad_token="<|endoftext|>", additional_special_tokens=special[1:],
+        pad_token="<|endoftext|>", additional_special_tokens=special[1:], **options,
     )  # fmt: skip
     tokenizer.chat_template = template
     return tokenizer

@@ -18,8 +18,8 @@ from flowrl.config import load_config
 from flowrl.data import load_prompts
 from flowrl.evaluate import Evaluation, evaluate, evaluation_prompts, mean_and_error, paired_gain
 from flowrl.latent_reward import LatentReward, guided_by
+from flowrl.media import geometry_of, load_model
 from flowrl.policy import Policy
-from flowrl.train import geometry_of, load_model
 from rewards import RewardHub
 
 SCORES = ("shapes.strict", "shapes")

@@ -29,8 +29,8 @@ from flowrl.checkpoint import entries
 from flowrl.config import Config, diff, load_config
 from flowrl.costs import expected_cost
 from flowrl.log import write_atomic
+from flowrl.media import geometry_of, load_model
 from flowrl.metrics import duration
-from flowrl.train import geometry_of, load_model
 from flowrl.types import Algorithm
 
 THREADS = 1

@@ -28,11 +28,12 @@ from flowrl.algorithms.schedule import plans_of
 from flowrl.config import Config, load_config
 from flowrl.configfile import dump_yaml
 from flowrl.costs import expected_cost
+from flowrl.media import options_of
 from flowrl.models import ModelError, family_of, load, read_inference
 from flowrl.models.pipeline import FAMILIES, INDEX, read_json
 from flowrl.numerics import deviations, stand_ins
 from flowrl.policy import Policy
-from flowrl.train import Trainer, options_of
+from flowrl.train import Trainer
 from flowrl.types import Cond, take
 from samplers import stable_seed
 

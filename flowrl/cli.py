@@ -103,12 +103,13 @@ def plan(
     import torch
 
     from flowrl import estimate
+    from flowrl.algorithms.schedule import plans_of
     from flowrl.collect import check_sources
-    from flowrl.costs import expected_cost
+    from flowrl.costs import describe, expected_cost
     from flowrl.data import load_prompts
     from flowrl.engine import default_device
+    from flowrl.media import geometry_of
     from flowrl.policy import Policy
-    from flowrl.train import geometry_of
 
     algorithm = loaded.algorithm.build()
     model = estimate.sketch(loaded)
@@ -116,7 +117,8 @@ def plan(
     policy = Policy(model, lora=loaded.model.lora and loaded.model.lora.model_dump())
     geometry = geometry_of(loaded, model)
     times = model.times(algorithm.num_steps, geometry.height, geometry.width, geometry.frames)
-    plans = _print_lines(loaded, algorithm, times, policy.num_trainable, devices)
+    plans = plans_of(algorithm, times, 0, loaded.data.samples_per_prompt, loaded.seed)
+    _print_table(loaded.name, describe(loaded, algorithm, plans, trainable=policy.num_trainable, world=devices))
     device, dtype = default_device(loaded.engine.device), getattr(torch, loaded.model.dtype)
     speed = tflops * 1e12 if tflops else estimate.matmul_flops(device, dtype)
     cost = expected_cost(loaded, algorithm, plans)
@@ -411,18 +413,11 @@ def _checked(config: Path, overrides: list[str] | None):  # type: ignore[no-unty
 
 
 def _print_plan(trainer) -> None:  # type: ignore[no-untyped-def]
-    size = trainer.geometry
-    times = trainer.policy.model.times(trainer.algorithm.num_steps, size.height, size.width, size.frames)
-    _print_lines(trainer.config, trainer.algorithm, times, trainer.policy.num_trainable, trainer.engine.world)
+    _print_table(trainer.config.name, trainer.actor.describe())
 
 
-def _print_lines(config, algorithm, times, trainable: int, world: int):  # type: ignore[no-untyped-def]
-    from flowrl.algorithms.schedule import plans_of
-    from flowrl.costs import describe
-
-    first = plans_of(algorithm, times, 0, config.data.samples_per_prompt, config.seed)
-    table = Table(title=config.name, show_header=False, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for line in describe(config, algorithm, first, trainable=trainable, world=world):
+def _print_table(title: str, lines: list[tuple[str, str]]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for line in lines:
         table.add_row(*line)
     console.print(table)
-    return first

@@ -73,6 +73,8 @@ class ModelConfig(Section):
     """File in flowrl.models that knows the architecture (or ./file.py:Name); null = what model_index.json says."""
     lora: LoraConfig | None = None
     """null trains all weights."""
+    freeze_vision: bool = True
+    """Of a model that writes: what sees the pictures stays as it is."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of forward passes and frozen weights; log-probs, latents and what learns are float32 always.
 
@@ -220,6 +222,19 @@ def _prompts(value: Any) -> Any:
 Prompts = Annotated[str | tuple[str, ...], BeforeValidator(_prompts)]
 
 
+class FilterEntry(BaseModel):
+    """One filter of groups or samples; every key that is not listed here is an option of the filter itself."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    use: Word
+    """Name in flowrl.filters (informative, band, top_std, ...), package.module:attr, or ./file.py:attr."""
+
+    def entry(self) -> dict[str, Any]:
+        """The entry as `flowrl.filters` reads it."""
+        return self.model_dump()
+
+
 class DataConfig(Section):
     """Prompts, and how many samples an iteration makes of them, on however many devices."""
 
@@ -243,8 +258,91 @@ class DataConfig(Section):
     """Which prompts are drawn more: learnable, easy_first, package.module:attr, ./file.py:attr; null = all in turn."""
     history: Natural = 32
     """Rewards remembered of each prompt, best a few groups' worth; 0 = none."""
+    filters: tuple[FilterEntry, ...] = ()
+    """Which groups and samples are trained on, each filter after the other; () = all."""
+    max_tries: Count = 1
+    """Rollouts of an iteration until prompts_per_iteration groups pass the filters; 1 = what is left is trained on."""
+    on_dead_group: Word | None = None
+    """What is done where all answers to a prompt are wrong, in the next try: hint, ...; null = nothing."""
+    template: str | None = None
+    """Jinja template of a question's text, from the columns of its row; null = the prompt itself."""
+    system: str | None = None
+    """System message of every conversation with a model that writes."""
+    fields: dict[Word, Word] | None = None
+    """Columns of questions that are called otherwise: {answer: solution} reads `answer` from `solution`."""
+    drop_options: bool = False
+    """Multiple choice becomes an open question, where that is possible: nothing is won by guessing (Ovis2.5)."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Sizes of an evaluation."""
+
+
+class ForcedAnswerConfig(Section):
+    """What happens to an answer that is cut off while it thinks (GLM-4.1V): it is made to answer."""
+
+    text: Word = " </think> <answer>"
+    """Tokens that are put behind it; no loss is taken of them."""
+    unless: Word = "</think>"
+    """Answers that hold this text are left as they are."""
+    tokens: Count = 32
+    """How many more the model may write then."""
+
+
+class ToolsConfig(Section):
+    """Tools that a model may call while it answers; what they say is not trained on."""
+
+    use: tuple[Word, ...]
+    """zoom, calculator, package.module:attr, ./file.py:attr."""
+    max_turns: Count = 2
+    """Turns of the model, the last one included."""
+    timeout: Positive = 10.0
+    """Seconds that a call may take."""
+    response: Word = " <tool_response> {images}{text} </tool_response> "
+    """What is put behind a call; {images} and {text} are the tool's."""
+    mask_over_turns: bool = False
+    """Answers that used all their turns up without an end leave training (Mini-o3)."""
+
+
+class ServerConfig(Section):
+    """A server that makes the answers instead (vLLM's OpenAI-compatible API); see algorithm.correction."""
+
+    url: Word
+    """Its address, such as http://127.0.0.1:8000/v1."""
+    model: Word | None = None
+    """The name that it serves the model under; null = its first."""
+    timeout: Positive = 600.0
+    """Seconds that a request may take."""
+    concurrency: Count = 8
+    """Requests at a time."""
+
+
+class NoisyConfig(Section):
+    """Distorted pictures in a part of the rollouts (NoisyRollout, arXiv:2504.13055)."""
+
+    share: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)] = 0.5
+    """Of a group's answers, those that see the distorted picture; the update shows all of them the clean one."""
+    strength: NonNegative = 0.5
+    """Of the distortion at the start; it falls along the run."""
+
+
+class GenerationConfig(Section):
+    """How a model that writes is sampled; a config with this section trains one."""
+
+    max_new_tokens: Count = 512
+    """Tokens of a turn; longer answers are cut off, and known to be."""
+    temperature: Positive = 1.0
+    """Of sampling and of the log-probs. There is no top_p or top_k: with them log-probs would not be those sampled."""
+    batch_size: Count | None = None
+    """Answers written at a time; null = all. Memory and speed only, up to rounding."""
+    forced_answer: ForcedAnswerConfig | None = None
+    """null = answers that are cut off stay so."""
+    tools: ToolsConfig | None = None
+    """null = one turn."""
+    server: ServerConfig | None = None
+    """null = the policy writes its answers itself."""
+    noisy: NoisyConfig | None = None
+    """null = all answers see the picture as it is."""
+    evaluation_temperature: NonNegative | None = None
+    """Of evaluations; 0 = the likeliest token each time, null = as in training."""
 
 
 class OptimizerConfig(Section):
@@ -358,12 +456,19 @@ class Config(Section):
     """Held out: scored in evaluations alone. Where one falls while the trained reward rises, the run says so."""
     data: DataConfig
     """Prompts and group sizes."""
+    generation: GenerationConfig | None = None
+    """How answers are written; null = the model makes pictures or videos."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Learning rate and batches."""
     engine: EngineConfig = EngineConfig()
     """Processes and devices."""
     log: LogConfig = LogConfig()
     """Records."""
+
+    @property
+    def actor(self) -> str:
+        """What makes the samples: see `flowrl.actor`."""
+        return "flowrl.media:MediaActor" if self.generation is None else "flowrl.vlm.actor:TextActor"
 
     @model_validator(mode="before")
     @classmethod
@@ -372,6 +477,10 @@ class Config(Section):
         if not isinstance(tree, Mapping):
             return tree
         tree = dict(tree)
+        data = tree.get("data")
+        if isinstance(data, Mapping) and isinstance(data.get("filters"), list):
+            filters = [{"use": entry} if isinstance(entry, str) else entry for entry in data["filters"]]
+            tree["data"] = {**data, "filters": filters}
         if not tree.get("output_dir") and isinstance(tree.get("name"), str):
             tree["output_dir"] = f"runs/{tree['name']}"
         for key in ("rewards", "eval_rewards"):
@@ -488,6 +597,33 @@ def _reward_conflicts(rewards: Sequence[RewardEntry], held_out: Sequence[RewardE
         seen.setdefault(name, place)
 
 
+def _text_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, str]]:
+    """A model that writes, and a method for tokens: neither goes without the other."""
+    name = config.algorithm.name
+    if config.generation is None:
+        yield (
+            ("algorithm", "name"),
+            f"{name} trains a model that writes; add the section `generation:`, or choose"
+            " a method for media, such as flow_grpo",
+        )
+        return
+    if not algorithm.needs.tokens:
+        yield (
+            ("algorithm", "name"),
+            f"{name} trains a model that makes media, and `generation:` is for one that "
+            "writes; choose a method for tokens, such as grpo, or leave the section out",
+        )
+        return
+    if config.data.samples == "stored":
+        yield ("data", "samples"), "stored samples are media; a model that writes answers makes its own: rollout"
+    if config.optimizer.update == "single_pass":
+        yield ("optimizer", "update"), "single_pass is for media; leave it out"
+    smallest = getattr(algorithm, "fewest_samples", 1)
+    if config.data.samples_per_prompt < smallest:
+        text = f"{name} compares the answers to a prompt, so it needs {smallest} of them; draw more"
+        yield ("data", "samples_per_prompt"), text
+
+
 def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
     """What the algorithm itself says to the group size and to its first and last plan."""
     import torch
@@ -495,6 +631,9 @@ def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
     from flowrl.algorithms.schedule import plans_of
 
     algorithm = config.algorithm.build()
+    if algorithm.needs.tokens or config.generation is not None:
+        yield from _text_conflicts(config, algorithm)
+        return
     absent = [name for name in ("num_steps", "eta", "kernel", "plan", "credit", "loss") if not hasattr(algorithm, name)]
     if absent:
         yield ("algorithm", "name"), f"{config.algorithm.name} has no {', '.join(absent)}; see flowrl.types.Algorithm"
@@ -559,10 +698,12 @@ def check(path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
         config = _validated(source)
     except ConfigError as error:
         return error.problems
-    return [f"{source.where(key)}: {dotted(key)}: {text.rstrip('.')}." for key, text in _deep_problems(config)]
+    found = resolve(config.actor, "flowrl").problems(config)
+    return [f"{source.where(key)}: {dotted(key)}: {text.rstrip('.')}." for key, text in found]
 
 
-def _deep_problems(config: Config) -> Iterator[tuple[Key, str]]:
+def media_problems(config: Config) -> Iterator[tuple[Key, str]]:
+    """What a run of a generator would find before it loads weights: rewards, prompts, teachers, the model's folder."""
     import torch
 
     from flowrl.data import DataError, PromptSampler, load_prompts
@@ -595,13 +736,18 @@ def _deep_problems(config: Config) -> Iterator[tuple[Key, str]]:
     except DataError as error:
         yield ("data", "prompts"), str(error)
     else:
-        yield from _curriculum_problems(config, sampler, prompts)
+        yield from curriculum_problems(config, sampler, prompts)
         yield from _stored_problems(config, prompts)
     try:
         load_prompts(config.data.eval_prompts or "shapes", "held_out")
     except DataError as error:
         yield ("data", "eval_prompts"), str(error)
     yield from _teacher_problems(config)
+    yield from folder_problems(config)
+
+
+def folder_problems(config: Config) -> Iterator[tuple[Key, str]]:
+    """A model's folder that does not exist."""
     path = Path(config.model.path).expanduser()
     looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") > 1
     if looks_local and not path.is_dir():
@@ -609,7 +755,7 @@ def _deep_problems(config: Config) -> Iterator[tuple[Key, str]]:
         yield ("model", "path"), f"the folder {path} does not exist{nearest(path.name, known)}"
 
 
-def _curriculum_problems(config: Config, sampler: Any, prompts: Any) -> Iterator[tuple[Key, str]]:
+def curriculum_problems(config: Config, sampler: Any, prompts: Any) -> Iterator[tuple[Key, str]]:
     """A curriculum that does not exist, or that these prompts do not suit."""
     from flowrl.curriculum import curriculum
     from flowrl.history import PromptHistory

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from flowrl.resolve import nearest
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from flowrl.types import Prompt
@@ -35,6 +36,8 @@ SOURCE = "source"
 """Field of a row that names a prompt's source picture, or a list of them: what is edited, where a video begins."""
 PICTURES = ("reference", SOURCE)
 """Fields of a row that hold paths of pictures."""
+IMAGES = "images"
+"""Metadata of a question: the pictures that it is about, paths or PIL images (`flowrl.vlm.data`)."""
 SPLITS = ("train", "held_out")
 PAIRS = "pairs.jsonl"
 """The rows of a pair store."""
@@ -66,7 +69,7 @@ def load_prompts(source: str | Path | Sequence[str], split: str = "train") -> li
             return read_pairs(path)
         rows = _read_file(path)
     else:
-        rows = [_row(f"prompt {index} of the list", text) for index, text in enumerate(source)]
+        rows = [prompt_row(f"prompt {index} of the list", text) for index, text in enumerate(source)]
     if not rows:
         what = str(source) if isinstance(source, str | Path) else "the list of prompts"
         raise DataError(f"{what} holds no prompts; give at least one.")
@@ -85,11 +88,19 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
         for key in (key for key in PICTURES if key in metadata):
             given = metadata[key]
             metadata[key] = [_contents(path) for path in ([given] if isinstance(given, str) else given)]
+        if isinstance(images := metadata.get(IMAGES), list):
+            metadata[IMAGES] = [_contents(image) if _is_picture(image) else image for image in images]
         digest.update(json.dumps([prompt.text, metadata], sort_keys=True, default=repr).encode())
     return digest.hexdigest()
 
 
-def _contents(path: str) -> str:
+def _is_picture(image: Any) -> bool:
+    return Path(image).is_file() if isinstance(image, str) else hasattr(image, "tobytes")
+
+
+def _contents(path: str | Image) -> str:
+    if not isinstance(path, str):  # a picture that lies in memory
+        return hashlib.sha256(repr((path.mode, path.size)).encode() + path.tobytes()).hexdigest()
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -127,13 +138,14 @@ def _with_pictures(place: str, metadata: dict[str, Any], folder: Path) -> dict[s
 
     What is edited also is what rewards compare with (`reference`), where the row names nothing else.
     """
-    found = {key: _pictures(f"{place}: {key!r}", metadata[key], folder) for key in PICTURES if key in metadata}
+    found = {key: picture_paths(f"{place}: {key!r}", metadata[key], folder) for key in PICTURES if key in metadata}
     if isinstance(source := found.get(SOURCE), str):
         found = {"reference": source, **found}
     return {**metadata, **found}
 
 
-def _pictures(place: str, given: Any, folder: Path) -> Any:
+def picture_paths(place: str, given: Any, folder: Path) -> Any:
+    """A path, or a list of paths, made absolute from `folder` on; a DataError names `place` and a file that is none."""
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise DataError(f"{place} is {short(given)}; give the path of a picture, or a list of paths.")
@@ -171,11 +183,20 @@ def _missing(path: Path) -> str:
 
 
 def _text_row(place: str, line: str) -> tuple[str, dict[str, Any]]:
-    return _row(place, line)
+    return prompt_row(place, line)
 
 
 def json_row(place: str, line: str) -> tuple[str, dict[str, Any]]:
     """The prompt of a line {"prompt": text, ...} and its other fields; a DataError names `place` and the mend."""
+    record = json_object(place, line)
+    if "prompt" not in record:
+        near = nearest("prompt", record) or (f"; rename one of {', '.join(record)}" if record else "")
+        raise DataError(f'{place}: the field "prompt" is missing{near}.')
+    return prompt_row(place, record["prompt"], {key: value for key, value in record.items() if key != "prompt"})
+
+
+def json_object(place: str, line: str) -> dict[str, Any]:
+    """The object that a line of JSON holds; a DataError names `place` and the mend."""
     if not line.strip():
         raise DataError(f"{place}: the line is empty; remove it.")
     try:
@@ -187,10 +208,7 @@ def json_row(place: str, line: str) -> tuple[str, dict[str, Any]]:
         raise DataError(f"{place}: broken JSON: {what}.") from error
     if not isinstance(record, dict):
         raise DataError(f'{place}: expected an object like {{"prompt": "a red cube"}}, found {type(record).__name__}.')
-    if "prompt" not in record:
-        near = nearest("prompt", record) or (f"; rename one of {', '.join(record)}" if record else "")
-        raise DataError(f'{place}: the field "prompt" is missing{near}.')
-    return _row(place, record["prompt"], {key: value for key, value in record.items() if key != "prompt"})
+    return record
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -205,7 +223,8 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON; use null, or leave the field out")
 
 
-def _row(place: str, text: Any, metadata: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+def prompt_row(place: str, text: Any, metadata: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    """A prompt without white space around it, and its metadata; a DataError names `place` if it is no usable text."""
     if not isinstance(text, str):
         raise DataError(f"{place}: the prompt is {type(text).__name__} {short(text)}, not text; put it in quotes.")
     if not text.strip():

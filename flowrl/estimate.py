@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from flowrl import resolve as names
 from flowrl.config import Config
 from flowrl.costs import Cost
+from flowrl.media import options_of
 from flowrl.memory import cheaper
 from flowrl.models.pipeline import FAMILIES, family_of, read_inference, sketch_pipeline
 from flowrl.numerics import stand_ins
-from flowrl.train import options_of
 from flowrl.types import Cond
 
 GIB = 2**30

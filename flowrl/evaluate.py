@@ -36,6 +36,8 @@ class Evaluation:
     """The reward that is trained on, [N]."""
     media: Tensor | None = None
     """[N,F,3,H,W]; dropped where nobody shows it."""
+    texts: Sequence[str] = ()
+    """What a model that writes answered, N."""
 
     def summary(self) -> dict[str, Any]:
         """Mean and standard error of every score, overall and by the prompts' category, as plain numbers."""

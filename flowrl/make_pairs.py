@@ -26,9 +26,9 @@ from flowrl.config import Config, identity
 from flowrl.data import DataError, PromptSampler, fingerprint, load_prompts
 from flowrl.engine import default_device
 from flowrl.log import plain, write_atomic
+from flowrl.media import geometry_of, load_model
 from flowrl.pairs import PAIRS, STORE, save_media
 from flowrl.policy import Policy, exported_weights, load_weights
-from flowrl.train import geometry_of, load_model
 from flowrl.types import Prompt
 from rewards import RewardHub
 from rewards.hub import HubResult

@@ -1,5 +1,7 @@
 """The trained model: which weights learn, what they were at first, their average, and their export.
 
+`Trained` is all of that for any network; `Policy` is a generator of media. One that writes is `flowrl.vlm.policy`.
+
     policy = Policy(load("shapes"), lora={"rank": 16, "alpha": 32}, ema_decay=0.95)
     with policy.role("rollout"):
         v = policy.velocity(x, t, policy.encode(prompts))
@@ -60,47 +62,38 @@ class Lora(BaseModel):
     """How A is drawn; B is zero, so that training starts at the model itself."""
 
 
-class Policy:
-    """A model with guidance applied, of which LoRA adapters (`lora`), all weights (None) or nothing (`frozen`) learn.
+class Trained:
+    """A model of which LoRA adapters (`lora`), all weights (None) or nothing (`frozen`) learn, whatever it is asked.
 
-    What learns is float32 whatever the model's dtype. `reference` keeps a second copy of the transformer, which
+    What learns is float32 whatever the model's dtype. `reference` keeps a second copy of the network, which
     `reference()` needs where all weights learn, or where a full export is loaded into a frozen policy; LoRA gets its
     reference for nothing, by switching the adapters off.
-
-    `teachers` are the folders that `teacher()` can be asked for: runs, or what an export wrote. LoRA teachers are
-    adapters on one frozen base, the student's own where it trains LoRA itself; a teacher with full weights is a copy of
-    the transformer. None of them learns, is averaged, saved or exported. `largest_guidance` is the teachers'.
 
     `old` keeps a second set of weights, which follows those that learn: `old()`, moved by `follow`.
     """
 
     def __init__(
         self,
-        model: Model,
+        model: Any,
         *,
         lora: Lora | Mapping[str, Any] | None = None,
         frozen: bool = False,
-        guidance: float = 1.0,
         ema_decay: float | None = None,
         ema_warmup: bool = True,
         reference: bool = False,
         old: bool = False,
         teachers: Sequence[str] = (),
-        largest_guidance: float = 1.0,
         gradient_checkpointing: bool = False,
         device: str | torch.device | None = None,
         seed: int = 0,
     ) -> None:
-        self.model, self.guidance = model, guidance
-        self._largest_guidance = max(guidance, largest_guidance)
-        if hasattr(model, "check_guidance"):
-            model.check_guidance(self._largest_guidance)
+        self.model = model
         self.lora = Lora.model_validate(lora) if lora is not None and not frozen else None
         self.calls: Counter[str] = Counter()
         self._role = "train"
         self._device = torch.device(device) if device is not None else None
         if device is not None:
-            model.to(device)  # type: ignore[attr-defined]
+            model.to(device)
         # An engine may wrap `model.trainable` later; weights and adapters are reached through the module itself.
         self._module: Any = model.trainable
         self._module.requires_grad_(False)
@@ -116,11 +109,13 @@ class Policy:
                 _add_lora(part, self.lora, getattr(model, "lora_targets", ()), seed)
         elif not frozen:
             self._module.requires_grad_(True)
+        if hasattr(model, "choose_trained") and not frozen:
+            model.choose_trained(self.lora is not None)
         self._parameters: dict[str, Parameter] = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
         for parameter in self._parameters.values():
             parameter.data = parameter.data.to(self.device, torch.float32)
         if gradient_checkpointing:
-            model.enable_gradient_checkpointing()  # type: ignore[attr-defined]
+            model.enable_gradient_checkpointing()
         self._initial: torch.nn.Module | None = None
         self._overwritten = False
         folders = {name: exported_weights(name) for name in teachers}
@@ -146,22 +141,9 @@ class Policy:
         """What an optimiser takes; the order is always the same."""
         return list(self._parameters.values())
 
-    def encode(self, prompts: Sequence[str], *sources: Any) -> Cond:
-        """Conditions [P, ...] of the prompts; the empty prompt's are left out where guidance does not need them.
-
-        `sources`: at most one argument, the source pictures of each prompt, for a model that takes some.
-        """
-        cond = self.model.encode(prompts, *sources)
-        return cond if self._largest_guidance > 1 else {k: v for k, v in cond.items() if not k.startswith("negative_")}
-
-    def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Velocity [N,*L] at states x [N,*L] and times t [N], guidance applied; adds to `calls`."""
-        self.calls[self._role] += len(x) * (2 if self.guidance > 1 else 1)
-        return self.model.velocity(x, t, cond, self.guidance)
-
     @contextmanager
     def role(self, name: str) -> Iterator[None]:
-        """Within it `velocity` counts under `name`; a count is a sample times a guidance branch."""
+        """Within it what the network is asked counts under `name`; of a generator, a sample times a guidance branch."""
         before, self._role = self._role, name
         try:
             yield
@@ -170,7 +152,7 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within it `velocity` is that of the weights before training, or before an export was loaded.
+        """Within it the answers are those of the weights before training, or before an export was loaded.
 
         Cutting gradients is left to the caller. ModelError where those weights are gone for want of a copy.
         """
@@ -178,31 +160,8 @@ class Policy:
             yield
 
     @contextmanager
-    def teacher(self, weights: str | None, guidance: float) -> Iterator[None]:
-        """Within it `velocity` is that of a frozen teacher with a guidance of its own, and counts as "teacher".
-
-        `weights` is one of the `teachers` that the policy was built with, or None for what `reference()` gives.
-        Cutting gradients is left to the caller. ModelError for other weights, or a guidance beyond `largest_guidance`.
-        """
-        if weights is not None and weights not in self._teachers:
-            known = ", ".join(map(repr, self._teachers)) or "none"
-            raise ModelError(f"teacher {weights!r} was not loaded ({known}): name it in the policy's `teachers`.")
-        if guidance > self._largest_guidance:
-            raise ModelError(
-                f"a teacher's guidance is {guidance:g}, but conditions were encoded for {self._largest_guidance:g} at "
-                "most: build the policy with that largest_guidance (an algorithm asks for it in needs.guidance)."
-            )
-        inside = self._initial_weights() if weights is None else self._teacher_weights(*self._teachers[weights])
-        before, self.guidance = self.guidance, guidance
-        try:
-            with self.role("teacher"), inside:
-                yield
-        finally:
-            self.guidance = before
-
-    @contextmanager
     def old(self) -> Iterator[None]:
-        """Within it `velocity` is that of the weights that follow the trained ones, and counts as "old".
+        """Within it the answers are those of the weights that follow the trained ones, and count as "old".
 
         Without such a policy of its own, the trained one. Values change places: enter it before the trained policy is
         evaluated with a graph, or the backward pass refuses.
@@ -260,25 +219,6 @@ class Policy:
         for kind, follower in self._followers.items():
             follower.load_state_dict(parts[kind])
         self.old_is_current = self._old is None or self._old.equals_weights()
-
-    def export(
-        self, folder: str | Path, *, averaged: bool = True, inference: Mapping[str, Any] | None = None,
-        form: Format = "diffusers", example: Example | None = None,
-    ) -> Path:  # fmt: skip
-        """Writes what was learnt in one of the formats of `flowrl.weights`, with `inference.json` and a README.
-
-        `inference` are arguments of the pipeline's call, over those of the model; guidance is the policy's. `example`
-        is what the README's code draws.
-        """
-        if not self._parameters:
-            raise ModelError("a frozen policy has learnt nothing that could be exported.")
-        learnt = Learnt(
-            model=self.model, parts=self._parts, lora=self.lora is not None, guidance=self.guidance,
-            inference=inference or {}, example=example,
-        )  # fmt: skip
-        with self.averaged() if averaged else nullcontext():
-            write(learnt, Path(folder), form)
-        return Path(folder)
 
     @contextmanager
     def _initial_weights(self) -> Iterator[None]:
@@ -375,6 +315,77 @@ class Policy:
             parameter.copy_(weights[name])
 
 
+class Policy(Trained):
+    """A generator with guidance applied, of which LoRA adapters, all weights or nothing learn (see `Trained`).
+
+    `teachers` are the folders that `teacher()` can be asked for: runs, or what an export wrote. LoRA teachers are
+    adapters on one frozen base, the student's own where it trains LoRA itself; a teacher with full weights is a copy of
+    the transformer. None of them learns, is averaged, saved or exported. `largest_guidance` is the teachers'.
+    """
+
+    def __init__(self, model: Model, *, guidance: float = 1.0, largest_guidance: float = 1.0, **trained: Any) -> None:
+        self.guidance = guidance
+        self._largest_guidance = max(guidance, largest_guidance)
+        if hasattr(model, "check_guidance"):
+            model.check_guidance(self._largest_guidance)
+        super().__init__(model, **trained)
+
+    def encode(self, prompts: Sequence[str], *sources: Any) -> Cond:
+        """Conditions [P, ...] of the prompts; the empty prompt's are left out where guidance does not need them.
+
+        `sources`: at most one argument, the source pictures of each prompt, for a model that takes some.
+        """
+        cond = self.model.encode(prompts, *sources)
+        return cond if self._largest_guidance > 1 else {k: v for k, v in cond.items() if not k.startswith("negative_")}
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Velocity [N,*L] at states x [N,*L] and times t [N], guidance applied; adds to `calls`."""
+        self.calls[self._role] += len(x) * (2 if self.guidance > 1 else 1)
+        return self.model.velocity(x, t, cond, self.guidance)
+
+    @contextmanager
+    def teacher(self, weights: str | None, guidance: float) -> Iterator[None]:
+        """Within it `velocity` is that of a frozen teacher with a guidance of its own, and counts as "teacher".
+
+        `weights` is one of the `teachers` that the policy was built with, or None for what `reference()` gives.
+        Cutting gradients is left to the caller. ModelError for other weights, or a guidance beyond `largest_guidance`.
+        """
+        if weights is not None and weights not in self._teachers:
+            known = ", ".join(map(repr, self._teachers)) or "none"
+            raise ModelError(f"teacher {weights!r} was not loaded ({known}): name it in the policy's `teachers`.")
+        if guidance > self._largest_guidance:
+            raise ModelError(
+                f"a teacher's guidance is {guidance:g}, but conditions were encoded for {self._largest_guidance:g} at "
+                "most: build the policy with that largest_guidance (an algorithm asks for it in needs.guidance)."
+            )
+        inside = self._initial_weights() if weights is None else self._teacher_weights(*self._teachers[weights])
+        before, self.guidance = self.guidance, guidance
+        try:
+            with self.role("teacher"), inside:
+                yield
+        finally:
+            self.guidance = before
+
+    def export(
+        self, folder: str | Path, *, averaged: bool = True, inference: Mapping[str, Any] | None = None,
+        form: Format = "diffusers", example: Example | None = None,
+    ) -> Path:  # fmt: skip
+        """Writes what was learnt in one of the formats of `flowrl.weights`, with `inference.json` and a README.
+
+        `inference` are arguments of the pipeline's call, over those of the model; guidance is the policy's. `example`
+        is what the README's code draws.
+        """
+        if not self._parameters:
+            raise ModelError("a frozen policy has learnt nothing that could be exported.")
+        learnt = Learnt(
+            model=self.model, parts=self._parts, lora=self.lora is not None, guidance=self.guidance,
+            inference=inference or {}, example=example,
+        )  # fmt: skip
+        with self.averaged() if averaged else nullcontext():
+            write(learnt, Path(folder), form)
+        return Path(folder)
+
+
 def load_weights(target: Any, folder: str | Path) -> None:
     """Applies an exported folder to a policy, a model or a diffusers pipeline; the base model must be the same.
 
@@ -382,24 +393,24 @@ def load_weights(target: Any, folder: str | Path) -> None:
     into a model or pipeline it goes as one more adapter. A full export replaces the component's values.
     """
     source = Path(folder).expanduser()
-    model: Any = target.model if isinstance(target, Policy) else target
+    model: Any = target.model if isinstance(target, Trained) else target
     check_readable(source, components_of(model)[0])
     lora = is_lora(source)
-    if isinstance(target, Policy) and target.lora is not None:
+    if isinstance(target, Trained) and target.lora is not None:
         if not lora:
             raise ModelError(f"weights {str(folder)!r} are a full export, the policy trains LoRA: build it without.")
         target._assign(read_lora(model, target._parts, source, target.lora.alpha))
     elif lora:
-        if isinstance(target, Policy) and target.trainable_parameters():
+        if isinstance(target, Trained) and target.trainable_parameters():
             raise ModelError(
                 f"weights {str(folder)!r} are LoRA, the policy trains all weights: build it with that lora."
             )
         load_lora(model, source)
     else:
         load_components(model, source)
-        if isinstance(target, Policy):
+        if isinstance(target, Trained):
             target._overwritten = True
-    if isinstance(target, Policy):
+    if isinstance(target, Trained):
         for follower in target._followers.values():
             follower.reset()
 

@@ -50,16 +50,21 @@ def _save_frames(frames: Sequence[Image.Image], path: Path, fps: float | None) -
 
 def _grid(evaluation: Evaluation, pictures: Tensor, count: int, cell: int) -> Image.Image:
     chosen = spread(len(evaluation.prompts), count)
-    columns = max(1, math.ceil(math.sqrt(len(chosen) * 1.6)))
-    rows = math.ceil(len(chosen) / columns)
-    caption = 30
+    return sheet_of([to_image(pictures[i]) for i in chosen], [evaluation.prompts[i].text for i in chosen], cell)
+
+
+def sheet_of(pictures: Sequence[Image.Image], captions: Sequence[str], cell: int = 144, lines: int = 2) -> Image.Image:
+    """Pictures in rows, each above so many lines of its caption."""
+    columns = max(1, math.ceil(math.sqrt(len(pictures) * 1.6)))
+    rows = math.ceil(len(pictures) / columns)
+    caption = 6 + 12 * lines
     sheet = Image.new("RGB", (columns * (cell + 8) + 8, rows * (cell + caption + 8) + 8), "white")
     draw = ImageDraw.Draw(sheet)
-    for place, index in enumerate(chosen):
+    for place, (picture, text) in enumerate(zip(pictures, captions, strict=True)):
         x, y = 8 + place % columns * (cell + 8), 8 + place // columns * (cell + caption + 8)
-        sheet.paste(to_image(pictures[index]).resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
-        for line, text in enumerate(_wrapped(evaluation.prompts[index].text, 24)[:2]):
-            draw.text((x, y + cell + 2 + 12 * line), text, fill=(70, 70, 70))
+        sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
+        for line, part in enumerate(_wrapped(text, 24)[:lines]):
+            draw.text((x, y + cell + 2 + 12 * line), part, fill=(70, 70, 70))
     return sheet
 
 

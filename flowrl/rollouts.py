@@ -1,7 +1,8 @@
 """Single samples of a rollout, with what every reward said and why: rollouts/000010.jsonl and a picture beside it.
 
-A mean does not tell why a reward rises. One line a sample does: prompt, group, total, raw scores, their parts, what was
-read or answered, and the error where there is no verdict. `cell` is its place in the picture, row and column.
+A mean does not tell why a reward rises. One line a sample does: prompt, what a model wrote, group, total, raw scores,
+their parts, what was read or answered, and the error where there is no verdict. `cell` is its place in the picture, row
+and column.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from flowrl.types import Batch
+from flowrl.types import AnyBatch, Batch, TokenBatch
 from rewards import HubResult
 from rewards.media import to_pil
 
@@ -25,10 +26,10 @@ GROUPS, SAMPLES = 12, 16
 """At most so many groups are written, and so many samples of each."""
 
 
-def write_rollout(folder: Path, iteration: int, batch: Batch, result: HubResult) -> None:
+def write_rollout(folder: Path, iteration: int, batch: AnyBatch, result: HubResult) -> None:
     """The first groups of this process: `<iteration>.jsonl` and, where there are media, `<iteration>.jpg`."""
     groups: dict[int, list[int]] = {}
-    for row, group in enumerate(batch.trajectory.group.tolist()):
+    for row, group in enumerate(batch.group.tolist()):
         groups.setdefault(group, []).append(row)
     shown = {group: rows[:SAMPLES] for group, rows in list(groups.items())[:GROUPS]}
     cells = {row: (i, j) for i, rows in enumerate(shown.values()) for j, row in enumerate(rows)}
@@ -36,7 +37,7 @@ def write_rollout(folder: Path, iteration: int, batch: Batch, result: HubResult)
     lines = [_line(row, cell, batch, result) for row, cell in cells.items()]
     text = "".join(json.dumps(line, default=str, allow_nan=False) + "\n" for line in lines)
     (folder / f"{iteration:06d}.jsonl").write_text(text, encoding="utf-8")
-    if batch.media is not None and cells:
+    if isinstance(batch, Batch) and batch.media is not None and cells:
         _sheet(batch, cells).save(folder / f"{iteration:06d}.jpg", quality=88)
 
 
@@ -47,10 +48,11 @@ def forget_after(folder: Path, iteration: int) -> None:
             path.unlink()
 
 
-def _line(row: int, cell: tuple[int, int], batch: Batch, result: HubResult) -> dict[str, Any]:
+def _line(row: int, cell: tuple[int, int], batch: AnyBatch, result: HubResult) -> dict[str, Any]:
     prompt = batch.prompts[int(batch.leaf_prompt[row])]
     return {
-        "prompt": prompt.text, "prompt_id": prompt.id, "group": int(batch.trajectory.group[row]), "cell": cell,
+        "prompt": prompt.text, "prompt_id": prompt.id, "group": int(batch.group[row]), "cell": cell,
+        **({"response": batch.samples[row].response[:TEXT]} if isinstance(batch, TokenBatch) else {}),
         "total": _number(result.total[row]),
         "scores": {name: _number(score[row]) for name, score in result.scores.items()},
         "parts": {

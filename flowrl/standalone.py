@@ -18,11 +18,11 @@ from flowrl.data import BUILT_IN, SOURCE, load_prompts
 from flowrl.engine import default_device
 from flowrl.evaluate import Evaluation, evaluate, evaluation_prompts, mean_and_error, paired_gain
 from flowrl.latent_reward import LatentReward, guided_by
+from flowrl.media import geometry_of, inference_settings, load_model
 from flowrl.models.pipeline import INFERENCE, LORA_WEIGHTS, load, read_json
 from flowrl.policy import Policy, load_weights
 from flowrl.report import save_grid
 from flowrl.resolve import resolve
-from flowrl.train import geometry_of, inference_settings, load_model
 from flowrl.types import Prompt
 from flowrl.weights import Format
 from rewards import RewardHub

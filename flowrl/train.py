@@ -15,60 +15,78 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from flowrl import checkpoint
+from flowrl.actor import Actor
 from flowrl.algorithms.advantages import group_advantages
-from flowrl.algorithms.schedule import credit_of, plans_of
+from flowrl.algorithms.schedule import credit_of
 from flowrl.checkpoint import Checkpoint, CheckpointError, RunLock, flatten_optimizer, restore_optimizer
-from flowrl.collect import (
-    Conditions,
-    Geometry,
-    StoredSamples,
-    check_sources,
-    check_stored,
-    decode_and_submit,
-    example_of,
-    roll_out,
-)  # fmt: skip
-from flowrl.config import Config, ModelConfig, diff, dump, identity, stored_per_prompt
-from flowrl.costs import expected_cost
+from flowrl.config import Config, diff, dump, identity
 from flowrl.curriculum import curriculum
-from flowrl.data import PromptSampler, fingerprint, load_prompts, shard
+from flowrl.data import PromptSampler, shard
 from flowrl.engine import EngineError, connect, together
-from flowrl.evaluate import Evaluation, evaluate, evaluation_prompts
+from flowrl.evaluate import Evaluation
 from flowrl.faults import fault
+from flowrl.filters import Kept, Refill, build, times
 from flowrl.hacking import TOTAL, look
 from flowrl.history import PromptHistory
 from flowrl.log import RunLog, plain, write_atomic
-from flowrl.memory import explained, fit, loading_options
+from flowrl.memory import explained
 from flowrl.metrics import PhaseTimer
-from flowrl.models.pipeline import ModelError, load
-from flowrl.policy import Policy
-from flowrl.record import Recorder
-from flowrl.report import headline, save_grid, table_lines, write_report
+from flowrl.report import headline, table_lines, write_report
 from flowrl.resolve import resolve
-from flowrl.rollouts import forget_after, write_rollout
-from flowrl.types import Algorithm, Batch, Prompt
+from flowrl.rollouts import forget_after
+from flowrl.types import AnyBatch, Prompt
 from flowrl.update import Updater, deal, learning_rate_factor
-from rewards import HubResult, RewardHub
+from rewards import HubResult
 from rewards.combine import Rule, normalised
 from rewards.scorer import NanWatch
-from rewards.types import RewardError
-from samplers import Plan, stable_seed
+from samplers import stable_seed
 
 RATIO_TOLERANCE = 1e-4
 """Deviation of the first update's ratio from 1 that rounding in fp32 does not explain."""
 
 
-MEMORY_SHARE = 0.5
-"""Share of the free memory that the graphs of a single-pass update may take where nobody asked for it."""
+B = TypeVar("B", bound=AnyBatch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Try:
+    """Prompts and their judged samples; tables are of all processes, in the order of the prompts."""
+
+    prompts: list[Prompt]
+    slots: list[int]
+    """Where this process's prompts stand in the iteration, all tries counted on."""
+    batch: AnyBatch
+    """The samples of this process."""
+    table: Tensor
+    """Rewards float64 [P*K]; NaN = no verdict."""
+    scores: dict[str, Tensor]
+    facts: dict[str, Tensor]
+    seconds: dict[str, float]
+
+    @staticmethod
+    def joined(tries: Sequence[Try], actor: Actor) -> Try:
+        """Several of them under each other."""
+        batch = actor.join([t.batch for t in tries])
+        rewards, place = (torch.cat([getattr(t.batch, name) for t in tries]) for name in ("rewards", "place"))
+
+        def stacked(tables: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+            return {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+
+        return Try(
+            prompts=[prompt for t in tries for prompt in t.prompts], slots=[slot for t in tries for slot in t.slots],
+            batch=replace(batch, rewards=rewards, place=place), table=torch.cat([t.table for t in tries]),
+            scores=stacked([t.scores for t in tries]), facts=stacked([t.facts for t in tries]),
+            seconds={name: sum(t.seconds[name] for t in tries) for name in tries[0].seconds},
+        )  # fmt: skip
 
 
 class Interrupted(SystemExit):
@@ -95,7 +113,7 @@ class Trainer:
     def _build(self, resume: bool) -> None:
         """Everything that can fail for a reason that a person can mend."""
         config = self.config
-        self.algorithm: Algorithm = config.algorithm.build()
+        self.algorithm = config.algorithm.build()
         # Prompts and rewards come before the model: their mistakes are common, and loading weights can take minutes.
         data = config.data
         if data.prompts_per_iteration < self.engine.world:
@@ -103,51 +121,29 @@ class Trainer:
                 f"{self.engine.world} processes share the prompts of an iteration, but there are only "
                 f"{data.prompts_per_iteration}: raise data.prompts_per_iteration, or launch fewer processes."
             )
-        prompts = load_prompts(data.prompts, "train")
-        self.sampler = PromptSampler(prompts, data.prompts_per_iteration, config.seed, data.balance, data.together)
-        self.prompts = prompts
-        if hasattr(self.algorithm, "check_prompts"):
-            self.algorithm.check_prompts(prompts)
-        if wanted := stored_per_prompt(config):
-            check_stored(prompts, wanted)
-        self.history = PromptHistory(data.history, len(prompts))
-        self.curriculum = curriculum(data.curriculum) if data.curriculum else None
-        self._prompts_of(0)  # refuses a curriculum's weights before anything is loaded
-        self.eval_prompts = evaluation_prompts(
-            load_prompts(data.eval_prompts or data.prompts, "held_out"), data.evaluation.num_samples
+        actor: Actor = resolve(config.actor, "flowrl")(config, self.algorithm, self.engine)
+        self.actor = actor
+        self.prompts, self.hub = actor.prompts, actor.hub
+        self.sampler = PromptSampler(
+            actor.prompts, data.prompts_per_iteration, config.seed, data.balance, data.together
         )
+        self.history = PromptHistory(data.history, len(actor.prompts))
+        self.curriculum = curriculum(data.curriculum) if data.curriculum else None
+        self.filters = build([entry.entry() for entry in data.filters]) if data.filters else None
+        self._prompts_of(0, 0)  # refuses a curriculum's weights before anything is loaded
         self.identity = identity(config) | {
-            "data.prompts (contents)": fingerprint(prompts),
-            "data.eval_prompts (contents)": fingerprint(self.eval_prompts),
+            "data.prompts (contents)": actor.fingerprint(actor.prompts),
+            "data.eval_prompts (contents)": actor.fingerprint(actor.eval_prompts),
         }
         """What must be the same when the run is resumed."""
-        self.hub = RewardHub([entry.entry() for entry in config.rewards], device=self.engine.device, max_nan_frac=None)
-        self.held_out = _held_out(config, self.hub, self.engine.device)
-        needs = self.algorithm.needs
-        if needs.gradient:
-            self.hub.check_differentiable()
-        if needs.features:
-            self.hub.embedder()
         self.watches = {
             name: NanWatch(name=name, max_nan_frac=data.max_no_verdict, key="data.max_no_verdict")
             for name, rule in self.hub.rules.items()
             if rule.counts
         }
-        self.measures = [resolve(name, "flowrl.shapes") for name in data.evaluation.measures]
         state = self._resumable() if resume else None
-        with explained(config, "loading"):
-            self.policy = self._build_policy()
-        self.geometry = geometry_of(config, self.policy.model)
-        check_sources(self.policy.model, [*prompts, *self.eval_prompts])
-        self.stored = StoredSamples(policy=self.policy, geometry=self.geometry) if data.samples == "stored" else None
-        """Where samples come from instead of a rollout."""
-        self.critic = None
-        if needs.gradient:
-            from flowrl.critic import Critic
-
-            self.critic = Critic(self.policy, self.hub, decode_batch=config.model.decode_micro_batch)
-            self.critic.fps = self.geometry.fps
-        self.conditions = Conditions(encode=self.policy.encode, device=self.policy.device)
+        actor.load()
+        self.policy = actor.policy
         o = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.policy.trainable_parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
@@ -176,12 +172,10 @@ class Trainer:
         """Train to the last iteration; returns the summary, which is also written to `summary.json`."""
         with self._running():
             self._agree()
-            for line in self.in_effect:
+            for line in self.actor.in_effect:
                 self.log.say(line)
             with together(self.engine):
-                self.hub.warmup(gradient=self.algorithm.needs.gradient)
-                if self.held_out is not None and self.main:
-                    self.held_out.warmup()
+                self.actor.warmup(self.main)
             self._evaluate_if_due()
             while not self._done():
                 self.log.write(self.iteration, self.step(self.iteration))
@@ -198,55 +192,36 @@ class Trainer:
         """One iteration; returns its metrics."""
         config, phase = self.config, PhaseTimer()
         calls_before = dict(self.policy.calls)
+        per_prompt = config.data.samples_per_prompt
+        rate = self._set_learning_rate(iteration)
 
-        with self._saving_what_is_done(), phase("prompts"):
-            prompts = self._prompts_of(iteration)
-            slots = shard(list(range(len(prompts))), self.engine.rank, self.engine.world)
-            mine = [prompts[slot] for slot in slots]
-
-        with phase("plan"):
-            times = self._times()
-            per_prompt = config.data.samples_per_prompt
-            plans = plans_of(self.algorithm, times, iteration, per_prompt, config.seed)
-            rate = self._set_learning_rate(iteration)
-
-        with self._saving_what_is_done():
-            with phase("collect"):
-                with explained(config, "rollout"):
-                    batch = self._collect(plans, mine, slots, iteration)
-                judged = self.stored is None and self.algorithm.needs.rewards
-                with explained(config, "decode"):
-                    tickets = decode_and_submit(self.policy, batch, self.hub, self.geometry) if judged else []
-            with phase("score"):
-                result = _join([self.hub.result(ticket) for ticket in tickets]) if judged else _unjudged(batch)
-        fault("train.scored")
-
-        with phase("gather"):
-            table, scores = self._gather(batch, result)
-        with self._saving_what_is_done():
-            if judged and self.main and due(iteration, self.config.log.rollouts_every):
-                write_rollout(self.folder / "rollouts", iteration, batch, result)
-        with self._saving_what_is_done():
-            for name in scores.keys() & self.watches.keys():
-                told = [row[name]["error"] for row in result.info if "error" in row[name]]
-                self.watches[name].see(scores[name], told)
+        tries: list[Try] = []
+        refill = Refill(wanted=config.data.prompts_per_iteration, max_tries=config.data.max_tries)
+        while refill.wants():
+            tries.append(self._try(iteration, tries, phase))
+            refill.saw(len(tries[-1].prompts), self._groups_kept(tries[-1], iteration))
+        found = tries[0] if len(tries) == 1 else Try.joined(tries, self.actor)
+        batch, prompts, table, scores = found.batch, found.prompts, found.table, found.scores
+        sampled = phase.total
 
         with self._saving_what_is_done(), phase("credit"):
-            for prompt, rewards in zip(prompts, table.view(len(prompts), per_prompt), strict=True):
-                self.history.add(prompt.id, rewards, iteration)
-            batch = replace(
-                batch, rewards=result.total.double(), times=times, place=leaf_places(batch, per_prompt),
-                critic=self.critic,
-            )  # fmt: skip
-            batch = replace(batch, draws=self.algorithm.draws(batch))
-            everyone = self._with_everyones_rewards(batch, prompts, table, scores)
+            batch = self.actor.prepared(batch)
+            kept = self._kept(found, iteration)
+            among = table if kept is None else table.where(kept.in_groups, math.nan)
+            everyone = self._with_everyones_rewards(batch, prompts, among, scores, found.facts)
             advantages = credit_of(self.algorithm, replace(everyone, history=self.history))
-            batch = credited(batch, advantages)
+            batch = credited(batch, advantages, None if kept is None else times(batch, kept.counts))
+            filtered = {} if kept is None else kept.metrics | refill.metrics
+            if refill.warning and self.filters is not None:
+                self.log.say(refill.warning)
 
         with phase("update"):
             key = stable_seed(config.seed, iteration, -2)
-            whole = self.algorithm.needs.whole_samples
-            update_of = deal(batch, slots, len(prompts), per_prompt, self.updater.updates, key, whole)
+            needs = self.algorithm.needs
+            update_of = deal(
+                batch, found.slots, len(prompts), per_prompt, self.updater.updates, key,
+                needs.whole_samples or needs.whole_groups,
+            )  # fmt: skip
             with explained(config, "update"):
                 metrics = self.updater.run(batch, update_of)
             self._check_ratio(metrics.get("ratio_first_update", 0.0))
@@ -260,40 +235,84 @@ class Trainer:
         calls = {role: self._total(self.policy.calls[role] - calls_before.get(role, 0)) for role in roles}
         rewards = reward_metrics(table, scores, per_prompt) if self.algorithm.needs.rewards else {}
         rewards |= gate_metrics(scores, self.hub.rules)
-        rewards |= {f"time/reward/{name}": seconds for name, seconds in result.seconds.items()}
+        rewards |= {f"time/reward/{name}": seconds for name, seconds in found.seconds.items()}
         return (
             metrics
             | rewards
-            | {"single_pass": float(batch.velocity is not None)}
+            | filtered
+            | self.actor.metrics(prompts, batch, table, scores, found.facts, sampled)
             | {f"calls/{role}": float(count) for role, count in calls.items()}
             | {f"time/{name}": seconds for name, seconds in phase.seconds.items()}
             | {"time/iteration": phase.total, "time/total": self.seconds, "lr": rate}
         )
 
-    # -------------------------------------------------------------------------------------------- parts of it
+    def _try(self, iteration: int, before: Sequence[Try], phase: PhaseTimer) -> Try:
+        """Prompts, samples and their rewards: once an iteration, or until enough groups pass the filters."""
+        config, number = self.config, len(before)
+        per_prompt, size = config.data.samples_per_prompt, config.data.prompts_per_iteration
+        with self._saving_what_is_done(), phase("prompts"):
+            again = self._revived(before[-1], iteration) if before else []
+            prompts = [*again, *self._prompts_of(iteration, number)][:size]
+            slots = shard(list(range(size)), self.engine.rank, self.engine.world)
+            mine = [prompts[slot] for slot in slots]
 
-    def _prompts_of(self, iteration: int) -> list[Prompt]:
-        """The prompts of an iteration; a curriculum weighs them by what their samples got so far."""
-        weights = None if self.curriculum is None else self.curriculum(self.history, self.prompts, iteration)
-        return self.sampler(iteration, weights)
+        with phase("plan"):
+            plan = self.actor.plan(iteration)
 
-    def _build_policy(self) -> Policy:
-        config = self.config
-        needs = self.algorithm.needs
-        model = self._load_model()
-        self.in_effect = fit(model, config.model, self.engine.device)
-        return Policy(
-            model, lora=config.model.lora and config.model.lora.model_dump(),
-            guidance=config.model.guidance, ema_decay=config.optimizer.ema_decay,
-            reference=needs.reference or None in needs.teachers, old=needs.old,
-            teachers=[t for t in needs.teachers if t is not None],
-            largest_guidance=needs.guidance,
-            device=self.engine.device, seed=config.seed,
-            gradient_checkpointing=config.model.gradient_checkpointing,
+        with self._saving_what_is_done():
+            with phase("collect"):
+                places = [number * size + slot for slot in slots]
+                batch = replace(
+                    self.actor.collect(plan, mine, places, iteration), progress=iteration / config.iterations
+                )
+                wait = self.actor.submit(batch)
+            with phase("score"):
+                result = wait()
+        fault("train.scored")
+
+        with phase("gather"):
+            place = leaf_places(batch.group, per_prompt)
+            batch = replace(batch, rewards=result.total.double(), place=place)
+            table, scores, facts = self._gather(batch, result, number * size * per_prompt)
+        with self._saving_what_is_done():
+            if not before and self.actor.judges and self.main and due(iteration, config.log.rollouts_every):
+                self.actor.record(self.folder / "rollouts", iteration, batch, result)
+        with self._saving_what_is_done():
+            for name in scores.keys() & self.watches.keys():
+                told = [row[name]["error"] for row in result.info if "error" in row.get(name, {})]
+                self.watches[name].see(asked_of(result, name), told)
+            for prompt, rewards in list(zip(prompts, table.view(size, per_prompt), strict=True))[len(again) :]:
+                self.history.add(prompt.id, rewards, iteration)
+        return Try(
+            prompts=prompts, slots=places, batch=batch, table=table, scores=scores, facts=facts,
+            seconds=dict(result.seconds),
         )  # fmt: skip
 
-    def _load_model(self) -> Any:
-        return load_model(self.config)
+    def _kept(self, found: Try, iteration: int) -> Kept | None:
+        """What the filters leave of the samples of all processes; None without filters."""
+        if self.filters is None:
+            return None
+        group = torch.arange(len(found.table)) // self.config.data.samples_per_prompt
+        key = stable_seed(self.config.seed, iteration, -5)
+        kept = self.filters.keep(found.table, group, found.facts | found.scores, key=key)
+        return kept.first(self.config.data.prompts_per_iteration)
+
+    def _groups_kept(self, found: Try, iteration: int) -> int:
+        kept = self._kept(found, iteration)
+        return len(found.prompts) if kept is None else len(kept.groups)
+
+    def _revived(self, last: Try, iteration: int) -> list[Prompt]:
+        """Prompts of the last try whose samples were all wrong, made easier."""
+        rows = last.table.view(len(last.prompts), -1)
+        dead = [p for p, r in zip(last.prompts, rows, strict=True) if bool((r.nan_to_num() <= 0).all())]
+        return self.actor.revive(last.batch, dead, iteration)
+
+    # -------------------------------------------------------------------------------------------- parts of it
+
+    def _prompts_of(self, iteration: int, number: int) -> list[Prompt]:
+        """The prompts of an iteration's try; a curriculum weighs them by what their samples got so far."""
+        weights = None if self.curriculum is None else self.curriculum(self.history, self.prompts, iteration)
+        return self.sampler(iteration * self.config.data.max_tries + number, weights)
 
     def _agree(self) -> None:
         """Refuse to go on where processes are at different iterations: their folders are not one shared folder."""
@@ -303,31 +322,6 @@ class Trainer:
                 f"the processes found checkpoints of different iterations ({', '.join(told)}) in {self.folder}: "
                 "each must see the same folder. Put output_dir on a disk that all machines share."
             )
-
-    def _times(self) -> Tensor:
-        """The grid of a training rollout that the model's own pipeline would take."""
-        g = self.geometry
-        return self.policy.model.times(self.algorithm.num_steps, g.height, g.width, g.frames)
-
-    def _collect(self, plans: tuple[Plan, ...], prompts: list[Prompt], slots: list[int], iteration: int) -> Batch:
-        """Samples of the policy, or those that the prompts' rows name."""
-        config = self.config
-        if self.stored is not None:
-            return self.stored(prompts, slots, self.conditions, iteration=iteration, seed=config.seed)
-        return roll_out(
-            self.policy, self.algorithm, plans, prompts, slots, self.conditions, self.geometry,
-            samples_per_prompt=config.data.samples_per_prompt, iteration=iteration, seed=config.seed,
-            recorder=self._recorder(plans, iteration),
-        )  # fmt: skip
-
-    def _recorder(self, plans: tuple[Plan, ...], iteration: int) -> Recorder | None:
-        """What keeps the rollout's graphs where the update takes them; see `optimizer.update`."""
-        expected = expected_cost(self.config, self.algorithm, plans, iteration)
-        if not expected.single_pass:
-            return None
-        asked = self.config.optimizer.update == "single_pass"
-        states = math.ceil(expected.stored / self.engine.world)
-        return Recorder(policy=self.policy, states=states, memory_share=None if asked else MEMORY_SHARE)
 
     def _check_ratio(self, deviation: float) -> None:
         """Warn, once, where the policy that is trained is not the one that made the samples."""
@@ -354,12 +348,15 @@ class Trainer:
             group["lr"] = rate
         return rate
 
-    def _gather(self, batch: Batch, result: HubResult) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards of all processes as one dense table [P*K] in the order of the prompts, and every score's."""
-        per_prompt = self.config.data.samples_per_prompt
-        size = self.config.data.prompts_per_iteration * per_prompt
-        place = leaf_places(batch, per_prompt)
-        columns = [result.total.double(), *(score.double() for score in result.scores.values())]
+    def _gather(
+        self, batch: AnyBatch, result: HubResult, first: int
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Of all processes' samples, in the order of the prompts: rewards [P*K], every score's, every fact's."""
+        size = self.config.data.prompts_per_iteration * self.config.data.samples_per_prompt
+        assert batch.place is not None
+        place = batch.place - first
+        facts = self.actor.facts(batch)
+        columns = [result.total.double(), *(score.double() for score in result.scores.values()), *facts.values()]
         table = torch.zeros(2, len(columns), size, dtype=torch.float64)
         for i, column in enumerate(columns):
             valid = column.isfinite()
@@ -367,27 +364,27 @@ class Trainer:
             table[1, i, place[valid]] = 1.0
         value, seen = self.engine.sum(table)
         value[seen == 0] = math.nan
-        return value[0], dict(zip(result.scores, value[1:], strict=True))
+        last = 1 + len(result.scores)
+        scores = dict(zip(result.scores, value[1:last], strict=True))
+        return value[0], scores, dict(zip(facts, value[last:], strict=True))
 
     def _with_everyones_rewards(
-        self, batch: Batch, prompts: list[Prompt], table: Tensor, scores: Mapping[str, Tensor]
-    ) -> Batch:
-        """The batch as `credit` sees it: this process's edges over the samples of all processes."""
+        self, batch: AnyBatch, prompts: list[Prompt], table: Tensor, scores: Mapping[str, Tensor],
+        facts: Mapping[str, Tensor],
+    ) -> AnyBatch:  # fmt: skip
+        """The batch as `credit` sees it: this process's rows over the samples of all processes."""
         per_prompt = self.config.data.samples_per_prompt
         rules = {name: rule for name, rule in self.hub.rules.items() if rule.weight != 0 and name in scores}
-        trajectory = batch.trajectory
-        leaves = torch.zeros(len(trajectory), len(table), dtype=torch.bool, device=trajectory.leaves.device)
-        assert batch.place is not None
-        leaves[:, batch.place.to(leaves.device)] = trajectory.leaves
         # Scores are normalised by prompt; credit may compare the prompts that came together.
         own = torch.arange(len(prompts)).repeat_interleave(per_prompt)
-        group = families(prompts, self.config.data.together).repeat_interleave(per_prompt).to(leaves.device)
-        trajectory = replace(trajectory, leaves=leaves, group=group)
+        group = families(prompts, self.config.data.together).repeat_interleave(per_prompt)
+        everyone = batch.among(len(table), group, facts)
         return replace(
-            batch, trajectory=trajectory, rewards=table,
+            everyone, rewards=table,
             scores={name: normalised(scores[name], rule, own).double() for name, rule in rules.items()},
             weights={name: rule.weight for name, rule in rules.items()},
             groups=[prompts[first] for first in group.unique().tolist()],
+            total=self.engine.sum,
         )  # fmt: skip
 
     def _total(self, count: int) -> int:
@@ -420,18 +417,13 @@ class Trainer:
         """Score the held-out prompts (main process), save the picture, and remember the summary under the iteration."""
         if self.main:
             settings = self.config.data.evaluation
-            found = evaluate(
-                self.policy, self.eval_prompts, self.hub, self.conditions, self.geometry, num_steps=settings.num_steps,
-                seed=settings.seed, measures=self.measures, batch=settings.batch_size,
-                held_out=self.held_out,
-            )  # fmt: skip
+            found = self.actor.evaluate()
             summary = found.summary() | {"train_seconds": self.seconds}
-            grid = self.folder / "samples" / f"{self.iteration:06d}.png"
-            save_grid(found, grid, settings.grid_prompts, fps=self.geometry.fps)
+            self.actor.show(found, self.folder / "samples" / f"{self.iteration:06d}.png")
             self._remember_scores(found)
-            if self.held_out is not None:
+            if self.actor.held_out:
                 done = [*map(int, self.evaluations), self.iteration]
-                summary["alarms"] = [str(alarm) for alarm in look(self.folder, done, self.held_out.rules)]
+                summary["alarms"] = [str(alarm) for alarm in look(self.folder, done, self.actor.held_out)]
             self.log.evaluation(self.iteration, summary)
             self.log.say(f"evaluation after {self.iteration} iterations: {headline(summary)}")
             for alarm in summary.get("alarms", []):
@@ -475,7 +467,7 @@ class Trainer:
 
     def _let_go(self) -> None:
         """Close what is open and give the folder back, however far construction came."""
-        for part in (getattr(self, name, None) for name in ("hub", "held_out", "log")):
+        for part in (getattr(self, name, None) for name in ("actor", "log")):
             if part is not None:
                 part.close()
         if self.lock is not None:
@@ -610,69 +602,15 @@ class Trainer:
         if self.best:
             self.policy.load_state_dict(self.best)
         shutil.rmtree(self.folder / "weights", ignore_errors=True)  # what a killed or another attempt left there
-        example = example_of(self.policy, self.eval_prompts, self.geometry, self.config.data.evaluation.seed)
-        self.policy.export(self.folder / "weights", inference=inference_settings(self.config), example=example)
+        readers = self.actor.export(self.folder / "weights")
         write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         write_report(self.folder)
         self._status("finished")
         for line in table_lines(self.folder):
             self.log.say(line)
         self.log.say(
-            f"wrote {self.folder}: weights/ (for diffusers), samples/, before_after.png, report.html, summary.json"
+            f"wrote {self.folder}: weights/ ({readers}), samples/, before_after.png, report.html, summary.json"
         )
-
-
-def _held_out(config: Config, trained: RewardHub, device: Any) -> RewardHub | None:
-    """The rewards that are not trained on. One that fails stops nothing, and its mean is missing."""
-    if not config.eval_rewards:
-        return None
-    # Each has a weight, which has no meaning here but that it is no mistake.
-    hub = RewardHub([e.entry() | {"weight": 1.0} for e in config.eval_rewards], device=device, max_nan_frac=None)
-    if both := sorted(set(hub.rules) & set(trained.rules)):
-        raise RewardError(
-            f"rewards and eval_rewards both have scores called {', '.join(both)}; give those of eval_rewards a `name:`"
-        )
-    return hub
-
-
-def options_of(section: ModelConfig) -> dict[str, Any]:
-    """What a config says to the constructor of a family's class."""
-    names = ("height", "width", "frames", "fps", "max_sequence_length", "embedded_guidance", "negative_prompt")
-    return {name: getattr(section, name) for name in names if getattr(section, name) is not None}
-
-
-def load_model(config: Config, device: torch.device | str | None = None) -> Any:
-    """The generator of a config, still on the CPU; with `device` it is made to fit there (`flowrl.memory.fit`)."""
-    section = config.model
-    model = load(
-        section.path, family=section.family, dtype=getattr(torch, section.dtype), loading=loading_options(section),
-        inference=section.inference, **options_of(section),
-    )  # fmt: skip
-    own = getattr(model, "guidance_argument", "")
-    if own and own in (section.inference or {}):
-        raise ModelError(f"model.inference sets {own}, which is model.guidance here. Set that, and leave this out.")
-    if config.model.decode_tiling:
-        model.enable_tiling()
-    if device is not None:
-        fit(model, section, device)
-    return model
-
-
-def geometry_of(config: Config, model: Any) -> Geometry:
-    """What a config generates, where it says nothing the model's own size."""
-    return Geometry(
-        height=config.model.height or model.height, width=config.model.width or model.width,
-        frames=config.model.frames or getattr(model, "frames", 1), fps=config.model.fps or getattr(model, "fps", None),
-        rollout_batch=config.model.rollout_micro_batch,
-        decode_batch=config.model.decode_micro_batch, store="cpu" if config.model.offload_trajectory else None,
-    )  # fmt: skip
-
-
-def inference_settings(config: Config) -> dict[str, Any]:
-    """What the weights of a run should be used with: the steps and the size of its evaluations."""
-    size = {"height": config.model.height, "width": config.model.width, "num_frames": config.model.frames}
-    given = {key: value for key, value in size.items() if value is not None}
-    return {"num_inference_steps": config.data.evaluation.num_steps, **given}
 
 
 def due(iteration: int, every: int, last: bool = False) -> bool:
@@ -686,9 +624,12 @@ def families(prompts: Sequence[Prompt], key: str | None) -> Tensor:
     return torch.tensor([names.index(name) for name in names])
 
 
-def leaf_places(batch: Batch, samples_per_prompt: int) -> Tensor:
-    """Where each sample [B] stands in the iteration's table of all samples: prompt by prompt, in order within each."""
-    slot = batch.trajectory.group.cpu()
+def leaf_places(group: Tensor, samples_per_prompt: int) -> Tensor:
+    """Where each sample [B] stands in the iteration's table of all samples: prompt by prompt, in order within each.
+
+    `group` [B] is the place of its prompt in the iteration.
+    """
+    slot = group.cpu()
     place = torch.empty_like(slot)
     for s in slot.unique():
         rows = torch.nonzero(slot == s).flatten()
@@ -696,9 +637,22 @@ def leaf_places(batch: Batch, samples_per_prompt: int) -> Tensor:
     return place
 
 
-def credited(batch: Batch, advantages: Tensor) -> Batch:
-    """With the credit of its rows [R], and without those whose credit is NaN: they are not trained on."""
-    return replace(batch, advantages=advantages).select(~advantages.isnan())
+def credited(batch: B, advantages: Tensor, counts: Tensor | None = None) -> B:
+    """With the credit of its rows [R] (or [R,S]), and without those whose credit is NaN: they are not trained on.
+
+    `counts` [R] says how often each of the others is.
+    """
+    unknown = advantages.isnan()
+    known = ~(unknown if unknown.dim() == 1 else unknown.any(1))
+    if counts is not None:
+        known = torch.arange(len(known)).repeat_interleave(counts * known.cpu()).to(known.device)
+    return replace(batch, advantages=advantages).select(known)
+
+
+def asked_of(result: HubResult, name: str) -> Tensor:
+    """The scores of the samples that a reward was asked about: routes of verifiers leave the others out."""
+    asked = getattr(result, "asked", {}).get(name)
+    return result.scores[name] if asked is None else result.scores[name][asked]
 
 
 def reward_metrics(table: Tensor, scores: Mapping[str, Tensor], samples_per_prompt: int) -> dict[str, float]:
@@ -724,27 +678,3 @@ def gate_metrics(scores: Mapping[str, Tensor], rules: Mapping[str, Rule]) -> dic
     """Share of the samples whose total each gate cuts."""
     gates = {name: rule.gate for name, rule in rules.items() if rule.gate is not None and name in scores}
     return {f"gate_cut/{name}": (scores[name] < gate.min).double().mean().item() for name, gate in gates.items()}
-
-
-def _unjudged(batch: Batch) -> HubResult:
-    """What samples that no reward has seen are worth: what was recorded with them, or no verdict."""
-    total = torch.full((len(batch.leaf_prompt),), math.nan) if batch.rewards is None else batch.rewards
-    return HubResult(total=total.float(), scores={}, parts={}, info=[{} for _ in total], seconds={})
-
-
-def _join(results: list[HubResult]) -> HubResult:
-    """The results of several tickets under each other; a part that a ticket lacks, where a reward failed, is NaN."""
-    names = {name: dict.fromkeys(part for r in results for part in r.parts[name]) for name in results[0].scores}
-    return HubResult(
-        total=torch.cat([r.total for r in results]),
-        scores={name: torch.cat([r.scores[name] for r in results]) for name in names},
-        parts={
-            name: {
-                part: torch.cat([r.parts[name].get(part, torch.full_like(r.total, math.nan)) for r in results])
-                for part in parts
-            }
-            for name, parts in names.items()
-        },
-        info=[row for r in results for row in r.info],
-        seconds={name: sum(r.seconds[name] for r in results) for name in names},
-    )

@@ -24,9 +24,9 @@ from flowrl.config import Config
 from flowrl.data import PromptSampler, load_prompts
 from flowrl.engine import default_device
 from flowrl.latent_reward import LatentReward, LatentRewardError
+from flowrl.media import geometry_of, load_model
 from flowrl.pairs import load_media, read_pairs
 from flowrl.policy import Policy
-from flowrl.train import geometry_of, load_model
 from flowrl.types import Cond, Prompt, take
 from rewards import HubResult, RewardHub
 

@@ -167,11 +167,11 @@ class Tokens:
         longest = int(kept["present"].sum(1).max()) if len(index) else 0
         cut = {name: tensor[:, :longest] if tensor.dim() == 2 else tensor for name, tensor in kept.items()}
         inputs = tuple(self.inputs[i] for i in index.tolist())
-        return replace(self, inputs=inputs, **cut)  # type: ignore[arg-type]
+        return replace(self, inputs=inputs, **cut)
 
     def to(self, device: torch.device | str) -> Self:
         """The same rows on another device; `inputs` stay where they are."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self._given.items()})
+        return replace(self, inputs=self.inputs, **{name: t.to(device) for name, t in self._given.items()})
 
     @classmethod
     def cat(cls, tables: Sequence[Self], prompt_offsets: Sequence[int] | None = None) -> Self:
@@ -274,7 +274,7 @@ class Batch(SampleBatch):
             advantages=None if self.advantages is None else self.advantages.to(device),
         )  # fmt: skip
 
-    def among(self, size: int, group: Tensor) -> Self:
+    def among(self, size: int, group: Tensor, facts: Mapping[str, Tensor]) -> Self:
         """As `credit` sees it: this process's rows over the samples of all processes, `size` of them in `group`."""
         assert self.place is not None
         edges = self.trajectory
@@ -299,35 +299,48 @@ class TokenBatch(SampleBatch):
     while credit is given."""
     samples: tuple[Any, ...] = ()
     """The answers as the rewards see them."""
+    values: Tensor | None = None
+    """What the value head expected before each token of the own answers, when they came, fp32 [R,S]."""
+    reference: Tensor | None = None
+    """Log-probs of the initial weights for those tokens, fp32 [R,S], where `needs.reference_logprobs`."""
 
     @property
     def rows(self) -> Tokens:
         """What the loss is a mean over."""
         return self.tokens
 
+    @property
+    def leaf_prompt(self) -> Tensor:
+        """Index of each answer's prompt, int [B]."""
+        return self.tokens.prompt
+
     def select(self, rows: Tensor) -> Self:
         """The batch with these answers only (a bool mask or an index), and their credit."""
         tokens = self.tokens.select(rows)
-        advantages = None if self.advantages is None else self.advantages[rows]
-        if advantages is not None and advantages.dim() == 2:
-            advantages = advantages[:, : tokens.ids.shape[1]]
+        places = tokens.ids.shape[1]
+        advantages, values, reference = (
+            None if table is None else table[rows] if table.dim() == 1 else table[rows][:, :places]
+            for table in (self.advantages, self.values, self.reference)
+        )
         index = torch.nonzero(rows).flatten() if rows.dtype == torch.bool else rows
         samples = tuple(self.samples[i] for i in index.tolist()) if self.samples else ()
         facts = {name: fact[rows] if len(fact) == len(self.tokens) else fact for name, fact in self.facts.items()}
         return replace(
-            self, tokens=tokens, advantages=advantages, samples=samples, facts=facts,
+            self, tokens=tokens, advantages=advantages, values=values, reference=reference, samples=samples, facts=facts,
             group=self.group[rows], place=None if self.place is None else self.place[rows],
             rewards=None if self.rewards is None else self.rewards[rows],
         )  # fmt: skip
 
     def to(self, device: torch.device | str) -> Self:
         """The batch where the policy computes."""
-        advantages = None if self.advantages is None else self.advantages.to(device)
-        return replace(self, tokens=self.tokens.to(device), advantages=advantages)
+        advantages, values, reference = (
+            None if table is None else table.to(device) for table in (self.advantages, self.values, self.reference)
+        )
+        return replace(self, tokens=self.tokens.to(device), advantages=advantages, values=values, reference=reference)
 
-    def among(self, size: int, group: Tensor) -> Self:
-        """As `credit` sees it: this process's rows, and the groups of all processes' answers."""
-        return replace(self, group=group)
+    def among(self, size: int, group: Tensor, facts: Mapping[str, Tensor]) -> Self:
+        """As `credit` sees it: this process's rows, and groups and facts of all processes' answers."""
+        return replace(self, group=group, facts=dict(facts))
 
 
 AnyBatch = Batch | TokenBatch
@@ -343,14 +356,22 @@ class Loss(NamedTuple):
 class Needs(NamedTuple):
     """What an algorithm asks of a run, so that impossible configurations are refused before anything is loaded."""
 
+    tokens: bool = False
+    """A model that writes; the batch is a `TokenBatch`, and there is neither plan nor kernel."""
+    value: bool = False
+    """A value head, and what it expected while the answers were written, in `batch.values`."""
     logprobs: bool = True
     """Stochastic steps: a plan without one is refused."""
     reference: bool = False
     """The initial weights, in `policy.reference()`."""
+    reference_logprobs: bool = False
+    """Their log-probs of the answers' tokens when the answers came, in `batch.reference`."""
     means: bool = False
     """The means of the rollout's steps, in `trajectory.mean`."""
     whole_samples: bool = False
     """All stored steps of a sample in one optimiser step and one forward pass."""
+    whole_groups: bool = False
+    """All answers to a prompt in one optimiser step and one forward pass."""
     scores: bool = False
     """Each reward by itself, in `batch.scores`."""
     history: int = 0
@@ -397,6 +418,15 @@ class TokenPolicy(Protocol):
 
     def reference(self) -> AbstractContextManager[None]:
         """Within it `evaluate` is that of the frozen initial weights."""
+        ...
+
+    def gold(self, tokens: Tokens) -> Tokens | None:
+        """The worked answers that belong to N answers' prompts, row by row; without any token on the mask where a
+        prompt has none, None where no prompt has one."""
+        ...
+
+    def masked_images(self, ratio: float, seed: int) -> AbstractContextManager[None]:
+        """Within it `evaluate` sees pictures of which a share of the patches is masked, drawn anew for each `seed`."""
         ...
 
 

@@ -1,6 +1,6 @@
 """The update phase: from a credited batch to optimiser steps, with gradients that do not depend on how the work is cut.
 
-A row is what the loss is a mean over: a stored edge of the rollout, or a draw of the forward process.
+A row is what the loss is a mean over: a stored edge of the rollout, a draw of the forward process, or an answer.
 
 Symbols: R rows of this process.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ from flowrl.algorithms.policy_gradient import roots_of
 from flowrl.algorithms.schedule import AlgorithmError
 from flowrl.engine import Engine, together
 from flowrl.metrics import RunningMean
-from flowrl.policy import Policy
-from flowrl.types import Algorithm, Batch, Draws, Loss
+from flowrl.policy import Trained
+from flowrl.types import AnyBatch, Draws, Loss, TokenBatch
 from samplers import stable_seed
 
 
@@ -33,19 +34,19 @@ class UpdateError(RuntimeError):
 class Updater:
     """Everything an optimiser step needs; `skipped` counts steps in a row that were left out as non-finite."""
 
-    policy: Policy
-    algorithm: Algorithm
+    policy: Trained
+    algorithm: Any
     optimizer: torch.optim.Optimizer
     engine: Engine
     updates: int
     """Optimiser steps an iteration."""
     micro_batch: int | None
-    """Stored states, or draws, in one forward and backward pass; None = all of an update."""
+    """Stored states, draws or answers in one forward and backward pass; None = all of an update."""
     max_grad_norm: float | None
     max_skipped: int
     skipped: int = 0
 
-    def run(self, batch: Batch, update_of: Tensor) -> dict[str, float]:
+    def run(self, batch: AnyBatch, update_of: Tensor) -> dict[str, float]:
         """All optimiser steps of an iteration, row i in step `update_of[i]`; returns metrics over all processes."""
         metrics = [self._step(batch, torch.nonzero(update_of == u).flatten()) for u in range(self.updates)]
         mean = RunningMean()
@@ -59,16 +60,16 @@ class Updater:
             out[count] = sum(m[count] for m in metrics)
         return out
 
-    def _step(self, batch: Batch, mine: Tensor) -> dict[str, float]:
+    def _step(self, batch: AnyBatch, mine: Tensor) -> dict[str, float]:
         """One optimiser step on the rows `mine` of this process."""
-        total = int(self.engine.sum(torch.tensor(float(len(mine)))).item())
+        total = self.engine.sum(self.algorithm.mass(batch.select(mine.to(_device_of(batch)))))
         self.optimizer.zero_grad(set_to_none=False)
         parts, counts, sound = [], [], True
         with together(self.engine), self.policy.role("train"):
             for part in self._micro_batches(batch, mine):
                 loss = _checked(self.algorithm.loss(self.policy, part))
                 sound &= bool(loss.value.isfinite())
-                (loss.value * (len(part.rows) / total)).backward()
+                (loss.value * self.algorithm.share(part, total)).backward()
                 parts.append(loss.metrics)
                 counts.append(len(part.rows))
         self._sum_gradients()
@@ -85,21 +86,28 @@ class Updater:
             self.policy.update_average()
         return merged
 
-    def _micro_batches(self, batch: Batch, mine: Tensor) -> Iterator[Batch]:
+    def _micro_batches(self, batch: AnyBatch, mine: Tensor) -> Iterator[AnyBatch]:
         """The rows `mine` in portions of about `micro_batch` evaluations; what needs one pass stays together."""
-        mine = mine.to(batch.trajectory.x0.device)
+        mine = mine.to(_device_of(batch))
         if not len(mine):
             return
         portion = torch.zeros_like(mine)
-        if self.micro_batch and batch.velocity is None:
-            state = batch.trajectory.state[mine] if batch.draws is None else mine
-            unit = state if batch.draws is None else batch.draws.unit[mine]
-            if self.algorithm.needs.whole_samples:
-                unit = roots_of(batch)[mine]
+        if self.micro_batch and getattr(batch, "velocity", None) is None:
+            unit, evaluations = self._units(batch, mine)
             names, unit = torch.unique(unit, return_inverse=True)
-            portion = unit // max(1, self.micro_batch * len(names) // len(state.unique()))
+            portion = unit // max(1, self.micro_batch * len(names) // evaluations)
         for number in range(int(portion.max()) + 1):
-            yield _on(self.policy, batch.select(mine[portion == number]))
+            yield batch.select(mine[portion == number]).to(self.policy.device)
+
+    def _units(self, batch: AnyBatch, mine: Tensor) -> tuple[Tensor, int]:
+        """Rows of which unit stay together, and how often the policy is asked for all of them."""
+        needs = self.algorithm.needs
+        if isinstance(batch, TokenBatch):
+            return batch.group[mine] if needs.whole_groups else mine, len(mine)
+        if batch.draws is not None:
+            return batch.draws.unit[mine], len(mine)
+        state = batch.trajectory.state[mine]
+        return roots_of(batch)[mine] if needs.whole_samples else state, len(state.unique())
 
     def _sum_gradients(self) -> None:
         """Add up the processes' gradients in one flat buffer."""
@@ -139,15 +147,9 @@ class Updater:
         return metrics | {"skipped_updates": 1.0}
 
 
-def _on(policy: Policy, batch: Batch) -> Batch:
-    """A minibatch where the policy computes; the rollout may have left its states in main memory."""
-    if batch.trajectory.x0.device == (device := policy.device):
-        return batch
-    return replace(
-        batch, trajectory=batch.trajectory.to(device), leaf_prompt=batch.leaf_prompt.to(device),
-        draws=batch.draws and batch.draws.to(device),
-        advantages=None if batch.advantages is None else batch.advantages.to(device),
-    )  # fmt: skip
+def _device_of(batch: AnyBatch) -> torch.device:
+    """Where the table of rows lies."""
+    return batch.tokens.ids.device if isinstance(batch, TokenBatch) else batch.trajectory.x0.device
 
 
 def _checked(loss: object) -> Loss:
@@ -161,15 +163,20 @@ def _checked(loss: object) -> Loss:
 
 
 def deal(
-    batch: Batch, slots: Sequence[int], num_prompts: int, samples_per_prompt: int, updates: int, key: int,
+    batch: AnyBatch, slots: Sequence[int], num_prompts: int, samples_per_prompt: int, updates: int, key: int,
     whole_samples: bool = False,
 ) -> Tensor:  # fmt: skip
     """Which optimiser step each row goes into: every step gets an equal share of each depth's states, or of the draws.
 
     Siblings go together, since they need one evaluation; with `whole_samples` all that grew from one root does; the
-    draws of a unit do. A function of (key, prompt's slot, place in the tree or group) whatever the number of processes;
-    `key` changes with the iteration.
+    draws of a unit do. Answers are dealt one by one, or (`whole_samples`) those to a prompt together. A function of
+    (key, prompt's slot, place in the tree or group) whatever the number of processes; `key` changes with the iteration.
     """
+    if isinstance(batch, TokenBatch):
+        assert batch.place is not None
+        if whole_samples:
+            return _hands(num_prompts, updates, key, 0)[batch.place // samples_per_prompt]
+        return _hands(num_prompts * samples_per_prompt, updates, key, 0)[batch.place]
     if batch.draws is not None:
         return _deal_draws(batch.draws, num_prompts, updates, key)
     trajectory, plans = batch.trajectory, batch.plans

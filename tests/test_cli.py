@@ -141,8 +141,9 @@ def test_exported_weights_draw_the_policys_pictures_in_plain_diffusers(trained, 
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
     from flowrl.collect import Conditions, sample
+    from flowrl.media import geometry_of
     from flowrl.standalone import run_config
-    from flowrl.train import Trainer, geometry_of
+    from flowrl.train import Trainer
     from flowrl.types import Prompt
 
     folder = trained[kind]

@@ -33,7 +33,7 @@ def no_model(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    for place in ("flowrl.train.load", "flowrl.models.pipeline.load", "flowrl.models.pipeline.load_pipeline"):
+    for place in ("flowrl.media.load", "flowrl.models.pipeline.load", "flowrl.models.pipeline.load_pipeline"):
         monkeypatch.setattr(place, load)
 
 
@@ -214,7 +214,7 @@ def test_a_bug_of_ours_keeps_its_traceback(command, config_file, monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("flowrl.train.load", broken)
+    monkeypatch.setattr("flowrl.media.load", broken)
     with pytest.raises(ZeroDivisionError, match="ours"):
         command("train", config_file())
 

@@ -111,7 +111,7 @@ def test_a_summary_without_categories_has_none():
 
 def scores_of(run, **options):
     settings = {"num_steps": 3, "seed": 0, **options}
-    return evaluate(run.policy, run.eval_prompts, run.hub, run.conditions, run.geometry, **settings)
+    return evaluate(run.policy, run.actor.eval_prompts, run.hub, run.actor.conditions, run.actor.geometry, **settings)
 
 
 def test_an_evaluation_repeats_itself_until_the_weights_change(trainer):

@@ -178,7 +178,7 @@ def iterate(trainer):
     """One iteration: its metrics, and the names of what it changed, which is what learns and nothing else."""
     pipe, config = trainer.policy.model.pipe, trainer.config
     before = numbers(pipe)
-    plans = plans_of(trainer.algorithm, trainer._times(), 0, config.data.samples_per_prompt, config.seed)
+    plans = plans_of(trainer.algorithm, trainer.actor.times, 0, config.data.samples_per_prompt, config.seed)
     expected = expected_cost(config, trainer.algorithm, plans)
     row = trainer.step(0)
     assert {role: row[f"calls/{role}"] for role in ROLES} == {role: getattr(expected, role) for role in ROLES}
@@ -212,7 +212,7 @@ def test_a_family_learns_by_a_method_of_every_kind(name, kind, run, conditions):
     guidance = allowed(original(name)) if kind == "window" else 1.0
     lora = LORA if (place + number) % 2 else None
     trainer = run(name, {"algorithm": method, "model.lora": lora, "model.guidance": guidance})
-    trainer.conditions.known = conditions.setdefault((name, guidance), trainer.conditions.known)
+    trainer.actor.conditions.known = conditions.setdefault((name, guidance), trainer.actor.conditions.known)
     iterate(trainer)
 
 
@@ -269,7 +269,7 @@ def test_a_step_trains_the_expert_of_its_time(name, step, run):
     method = {"name": "flow_grpo", "num_steps": 4, "window": 1, "window_range": [step, step + 1]}
     trainer = run(name, {"algorithm": method, "model.lora": LORA if step % 2 else None})
     model = trainer.policy.model
-    early = float(trainer._times()[step]) >= model.pipe.config.boundary_ratio
+    early = float(trainer.actor.times[step]) >= model.pipe.config.boundary_ratio
     _, moved = iterate(trainer)
     assert {parameter.split(".")[0] for parameter in moved} == {"transformer" if early else "transformer_2"}
 

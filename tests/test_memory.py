@@ -195,7 +195,7 @@ def test_layerwise_casting_in_a_run_exports_and_goes_on(tiny_model, tmp_path):
 
     changes = FITTED | {"model.layerwise_casting": True}
     run = Trainer(runs.config(tiny_model, tmp_path / "run", changes))
-    assert any("float8" in line for line in run.in_effect)
+    assert any("float8" in line for line in run.actor.in_effect)
     run.run()
     assert all(row["ratio_first_update"] <= 1e-5 for row in runs.rows(tmp_path / "run"))
     assert all(row["grad_norm"] > 0 for row in runs.rows(tmp_path / "run"))

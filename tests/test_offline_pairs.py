@@ -94,7 +94,7 @@ def test_broken_rows_are_refused_with_file_and_line_before_the_model_is_loaded(
     tiny_model, config_file, copied, tmp_path, monkeypatch, changes, text
 ):
     spoil(copied, 4, **changes)
-    monkeypatch.setattr("flowrl.train.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("flowrl.media.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     with pytest.raises(DataError, match=rf"pairs\.jsonl:4: .*{text}"):
         Trainer(runs.config(tiny_model, tmp_path / "run", offline(copied)))
     (problem,) = check(config_file(offline(copied)))
@@ -111,7 +111,7 @@ def test_broken_rows_are_refused_with_file_and_line_before_the_model_is_loaded(
 def test_prompts_without_as_many_samples_are_refused_early(
     tiny_model, config_file, store, tmp_path, monkeypatch, changes, texts
 ):
-    monkeypatch.setattr("flowrl.train.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("flowrl.media.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     options = offline(store) | changes
     with pytest.raises(ValueError, match=texts[0]):
         Trainer(runs.config(tiny_model, tmp_path / "run", options))

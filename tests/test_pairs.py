@@ -345,8 +345,8 @@ def test_pairs_are_made_of_better_and_worse_samples(setting, tmp_path):
 def test_samples_are_the_policys_and_the_noise_follows_the_seed(setting, tmp_path):
     from flowrl.collect import Conditions, sample
     from flowrl.data import PromptSampler
+    from flowrl.media import geometry_of, load_model
     from flowrl.policy import Policy
-    from flowrl.train import geometry_of, load_model
 
     make(setting, tmp_path / "store", how="all")
     make(setting, tmp_path / "other", how="all", seed=1)

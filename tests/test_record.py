@@ -165,14 +165,14 @@ def test_two_processes_share_a_single_pass(trainer, config_file, tmp_path):
 
 
 def test_too_little_memory_means_a_second_pass_with_the_same_result(trainer, monkeypatch):
-    monkeypatch.setattr("flowrl.train.MEMORY_SHARE", 1e-9)
+    monkeypatch.setattr("flowrl.media.MEMORY_SHARE", 1e-9)
     found, told = compared(trainer, METHODS["portions"], ("auto", "recompute"))
     assert told["auto"]["single_pass"] == 0 and told["auto"]["calls/train"] == told["recompute"]["calls/train"] > 0
     assert torch.equal(found["auto"], found["recompute"])
 
 
 def test_one_that_was_asked_for_takes_what_it_needs(trainer, monkeypatch):
-    monkeypatch.setattr("flowrl.train.MEMORY_SHARE", 1e-9)
+    monkeypatch.setattr("flowrl.media.MEMORY_SHARE", 1e-9)
     assert trainer({"algorithm": FLOW, "optimizer.update": "single_pass"}).step(0)["single_pass"] == 1
 
 

@@ -47,8 +47,8 @@ def toy(slots, k=2):
 
 
 def test_samples_stand_in_the_table_prompt_by_prompt():
-    assert leaf_places(toy([0, 1, 2]), 2).tolist() == [0, 1, 2, 3, 4, 5]
-    assert leaf_places(toy([3, 1]), 2).tolist() == [6, 7, 2, 3]
+    assert leaf_places(toy([0, 1, 2]).group, 2).tolist() == [0, 1, 2, 3, 4, 5]
+    assert leaf_places(toy([3, 1]).group, 2).tolist() == [6, 7, 2, 3]
 
 
 def test_edges_with_nan_credit_leave_the_table():
@@ -89,14 +89,14 @@ def test_the_first_update_of_every_iteration_is_on_policy(trainer, method, lora)
 
 
 def test_the_ratio_tells_of_samples_that_are_not_the_policys_own(trainer, monkeypatch):
-    from flowrl import train
+    from flowrl import media
 
     def stale(*args, **kwargs):
         batch = original(*args, **kwargs)
         return replace(batch, trajectory=replace(batch.trajectory, logprob=batch.trajectory.logprob - 0.02))
 
-    original = train.roll_out
-    monkeypatch.setattr(train, "roll_out", stale)
+    original = media.roll_out
+    monkeypatch.setattr(media, "roll_out", stale)
     assert trainer().step(0)["ratio_first_update"] == pytest.approx(math.exp(0.02) - 1, rel=1e-2)
 
 

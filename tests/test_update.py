@@ -130,7 +130,7 @@ def collected(run, iteration=0):
     plan = run.algorithm.plan(times, iteration, K, 0)
     prompts = run.sampler(iteration)
     batch = roll_out(
-        run.policy, run.algorithm, [plan], prompts, range(len(prompts)), run.conditions, run.geometry,
+        run.policy, run.algorithm, [plan], prompts, range(len(prompts)), run.actor.conditions, run.actor.geometry,
         samples_per_prompt=K, iteration=iteration, seed=0,
     )  # fmt: skip
     return batch

@@ -1,19 +1,21 @@
-"""From rewards to credit: group-relative advantages of the samples, then of the edges that led to them.
+"""From rewards to credit: advantages of the samples against their group, then of what led to them, edges or tokens.
 
-Symbols: B samples (leaves), G groups, E edges; r reward, A advantage. NaN (or infinite) reward = no verdict: the sample
-leaves its group's statistics and gets A = 0. An edge that leads to no verdict gets NaN, and NaN credit means that the
-edge leaves the table: it is not trained on and does not count in a mean. All statistics are float64, on the CPU, and
-summed in sorted order: they depend, to the last bit, neither on the order of the samples nor on how processes share
-them.
+Symbols: B samples (leaves), G groups, E edges; N answers with S places, of which a mask tells the policy's tokens; r
+reward, A advantage. NaN (or infinite) reward = no verdict: the sample leaves its group's statistics and gets A = 0. An
+edge that leads to no verdict gets NaN, and NaN credit means that the edge leaves the table: it is not trained on and
+does not count in a mean. All statistics are float64, on the CPU, and summed in sorted order: they depend, to the
+last bit, neither on the order of the samples nor on how processes share them (`whiten`: up to rounding).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+MeanMode = Literal["group", "batch", "none"]
 StdMode = Literal["group", "global", "none"]
 BaselineMode = Literal["mean", "leave_one_out"]
 Combine = Literal["sum", "per_reward", "gdpo"]
@@ -57,24 +59,28 @@ def group_advantages(
     clip: float | None = None,
     baseline: BaselineMode = "mean",
     std_floor: float = 0.0,
+    mean: MeanMode = "group",
 ) -> Advantages:
     """A = (r - mean of the group) / (std + eps) for rewards and group numbers [B] (GRPO, arXiv:2402.03300).
 
-    `std` is taken over the group, over all samples around their common mean ("global"), or left out ("none", Dr.GRPO,
-    arXiv:2503.20783); a std below `std_floor` counts as that. The baseline "leave_one_out" subtracts the mean of the
-    group's other members (RLOO, arXiv:2402.14740). `clip` cuts A to [-clip, clip]. A group is dead, with A = 0, when it
-    has fewer than two verdicts or when its own std is at most 1e-6 max(1, max |r|), whichever std is divided by.
-    Raises ValueError for an unknown std or baseline.
+    `mean` may be that of the whole batch instead, or none. `std` is taken over the group, over all samples around their
+    common mean ("global"), or left out ("none", Dr.GRPO, arXiv:2503.20783); a std below `std_floor` counts as that. The
+    baseline "leave_one_out" subtracts the mean of the other members (RLOO, arXiv:2402.14740). `clip` cuts A to [-clip, clip]. A group is dead, with
+    A = 0, when it has fewer than two verdicts or when its own std is at most 1e-6 max(1, max |r|), whichever std is
+    divided by; where its mean is not subtracted, only if that std is divided by, or all rewards of the batch agree.
+    Raises ValueError for an unknown mean, std or baseline.
     Note: rewards on a scale below 1e-6 are therefore all dead (zero_std_frac = 1): scale them up.
     """
-    rewards = rewards.detach().cpu().double()
-    valid = rewards.isfinite()
-    names, member = torch.unique(group.to(rewards.device), return_inverse=True)
-    num_groups = len(names)
+    rewards, valid, num_groups, member = _prepared(rewards, group)
     r, g = rewards[valid], member[valid]
-    mean, spread, count = _statistics(r, g, num_groups, unbiased)
-    live = (count >= 2) & _differ(r, g, spread)
-    centred = torch.where(live[g], (r - mean[g]) * _stretch(baseline, count)[g], 0.0)
+    own, spread, count = _statistics(r, g, num_groups, unbiased)
+    differs = (count >= 2) & _differ(r, g, spread)
+    if mean == "group":
+        live, centred = differs, (r - own[g]) * _stretch(baseline, count)[g]
+    else:
+        centred = _off_batch(r, mean, baseline, unbiased)
+        live = differs if std == "group" else torch.zeros_like(differs).index_fill(0, g[centred != 0], True)
+    centred = torch.where(live[g], centred, 0.0)
     value = torch.zeros_like(rewards)
     value[valid] = centred / _scale(std, eps, r, spread[g], unbiased, std_floor)
     return Advantages(_cut(value, clip), valid, live)
@@ -92,6 +98,7 @@ def combined_advantages(
     baseline: BaselineMode = "mean",
     std_floor: float = 0.0,
     clip: float | None = None,
+    mean: MeanMode = "group",
 ) -> Advantages:
     """One advantage a sample out of several rewards, scores[name] [B]; the other arguments as in `group_advantages`.
 
@@ -119,11 +126,11 @@ def combined_advantages(
     judged = {name: score.where(valid, torch.nan) for name, score in judged.items()}
     if how == "sum":
         total = reduce(torch.add, (weight * judged[name] for name, weight in used.items()))
-        return group_advantages(total, group, std, eps, unbiased, clip, baseline, std_floor)
+        return group_advantages(total, group, std, eps, unbiased, clip, baseline, std_floor, mean)
     if how not in ("per_reward", "gdpo"):
         raise ValueError(f"unknown way to combine rewards {how!r}; choose sum, per_reward or gdpo.")
     parts = {
-        name: group_advantages(score, group, std, eps, unbiased, None, baseline, std_floor)
+        name: group_advantages(score, group, std, eps, unbiased, None, baseline, std_floor, mean)
         for name, score in judged.items()
     }
     norm = sum(abs(weight) for weight in used.values())
@@ -133,6 +140,95 @@ def combined_advantages(
         # eps belongs to the sum before it is divided by norm.
         value = _standardised(value, valid & _of_live_group(group, live), valid, eps / norm, unbiased)
     return Advantages(_cut(value, clip), valid, live)
+
+
+def batch_advantages(
+    rewards: Tensor, scores: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor, how: Combine,
+    **settings: Any,
+) -> Advantages:  # fmt: skip
+    """Advantages [B] of a batch's total reward, or of each reward by itself; `settings` as in `group_advantages`.
+
+    A sample has a verdict in all parts or in none, which the total knows.
+    """
+    if how == "sum":
+        return group_advantages(rewards, group, **settings)
+    if len(weights) <= 1:  # the total is this one reward, or only gates, and knows what gates do
+        scores, weights = {"total": rewards}, {"total": 1.0}
+    known = {name: score.where(rewards.isfinite().to(score.device), torch.nan) for name, score in scores.items()}
+    return combined_advantages(known, weights, group, how, **settings)
+
+
+def best_only(
+    rewards: Tensor, group: Tensor, *, std: bool = True, eps: float = 1e-6, unbiased: bool = True
+) -> Advantages:
+    """Only the best sample of a group has an advantage, its lead over the second, (r_1 - r_2) / (std + eps), [B].
+
+    The estimator of pass@k with k = group size (arXiv:2503.19595). Where two are best, nobody leads.
+    """
+    rewards, valid, num_groups, member = _prepared(rewards, group)
+    r, g = rewards[valid], member[valid]
+    _, spread, count = _statistics(r, g, num_groups, unbiased)
+    live = (count >= 2) & _differ(r, g, spread)
+    value = torch.zeros_like(rewards)
+    for number in torch.nonzero(live).flatten().tolist():
+        first, second = rewards.where(valid & (member == number), -torch.inf).topk(2).indices
+        value[first] = (rewards[first] - rewards[second]) / (spread[number] + eps if std else 1.0)
+    return Advantages(value, valid, live)
+
+
+def pass_at_k(rewards: Tensor, group: Tensor, k: int, threshold: float = 0.5) -> Advantages:
+    """Advantages of samples [B] for the reward "one of k is right", over all k of the group's n (arXiv:2508.10751).
+
+    Right is a reward of at least `threshold`; m of the n are wrong. R = 1 - C(m, k) / C(n, k) is the mean over all sets
+    of k, s = sqrt(R (1 - R)) their std. A right sample has (1 - R) / s, a wrong one
+    (1 - R - C(m - 1, k - 1) / C(n - 1, k - 1)) / s: their sum is 0, and for k = 1 this is GRPO with the biased std.
+    Groups in which s = 0, or with fewer than k verdicts, are dead.
+    """
+    rewards, valid, num_groups, member = _prepared(rewards, group)
+    right = rewards >= threshold
+    value, live = torch.zeros_like(rewards), torch.zeros(num_groups, dtype=torch.bool)
+    for number in range(num_groups):
+        mine = valid & (member == number)
+        n, wrong = int(mine.sum()), int((mine & ~right).sum())
+        if n < k:
+            continue
+        missed = math.comb(wrong, k) / math.comb(n, k)
+        spread = math.sqrt(missed * (1 - missed))
+        if spread == 0:
+            continue
+        live[number] = True
+        value[mine & right] = missed / spread
+        if wrong:
+            value[mine & ~right] = (missed - math.comb(wrong - 1, k - 1) / math.comb(n - 1, k - 1)) / spread
+    return Advantages(value, valid, live)
+
+
+def length_weighted(rewards: Tensor, group: Tensor, lengths: Tensor) -> Advantages:
+    """r - sum(l r) / sum(l) over the group, l the lengths [B] (OPO, arXiv:2505.23585): the baseline of least variance.
+
+    It is that where the squared gradient of an answer's log-prob grows with its length. Dead groups as in
+    `group_advantages`.
+    """
+    rewards, valid, num_groups, member = _prepared(rewards, group)
+    r, g, length = rewards[valid], member[valid], lengths.detach().cpu().double()[valid].clamp(min=1e-9)
+    mean, spread, count = _statistics(r, g, num_groups, unbiased=False)
+    live = (count >= 2) & _differ(r, g, spread)
+    order = r.argsort()
+    r_, g_, l_ = (r - mean[g])[order], g[order], length[order]
+    zeros = r.new_zeros(num_groups)
+    lean = zeros.index_add(0, g_, l_ * r_) / zeros.index_add(0, g_, l_).clamp(min=1e-9)
+    value = torch.zeros_like(rewards)
+    value[valid] = torch.where(live[g], r - mean[g] - lean[g], 0.0)
+    return Advantages(value, valid, live)
+
+
+def undiluted(found: Advantages, group: Tensor) -> Advantages:
+    """Advantages times (samples with a verdict) / (those of live groups): GPG's alpha (arXiv:2504.02546).
+
+    Dead groups then do not shrink the mean over the batch.
+    """
+    counted = found.valid & _of_live_group(group, found.live)
+    return found._replace(value=found.value * (found.valid.sum() / counted.sum().clamp(min=1)).double())
 
 
 def running_advantages(
@@ -152,12 +248,10 @@ def running_advantages(
     in use differ by more than rounding (as in `group_advantages`) and a sample of this iteration has a verdict; one
     sample is enough. Raises ValueError where there is not one buffer a group.
     """
-    rewards = rewards.detach().cpu().double()
-    valid = rewards.isfinite()
-    names, member = torch.unique(group.to(rewards.device), return_inverse=True)
-    if len(buffers) != len(names):
+    rewards, valid, num_groups, member = _prepared(rewards, group)
+    if len(buffers) != num_groups:
         raise ValueError(
-            f"running_advantages got {len(buffers)} buffers for {len(names)} groups; give one tensor of recent rewards "
+            f"running_advantages got {len(buffers)} buffers for {num_groups} groups; give one tensor of recent rewards "
             "a group, this iteration's included."
         )
     recent = [buffer.detach().cpu().double() for buffer in buffers]
@@ -165,8 +259,8 @@ def running_advantages(
     in_use = [buffer if len(buffer) >= min_count else rewards[valid] for buffer in recent]
     r = torch.cat([*in_use, rewards.new_zeros(0)])
     g = torch.arange(len(in_use)).repeat_interleave(torch.tensor([len(values) for values in in_use], dtype=torch.long))
-    mean, spread, _ = _statistics(r, g, len(names), unbiased=False)
-    live = _differ(r, g, spread) & torch.zeros(len(names), dtype=torch.bool).index_fill(0, member[valid], True)
+    mean, spread, _ = _statistics(r, g, num_groups, unbiased=False)
+    live = _differ(r, g, spread) & torch.zeros(num_groups, dtype=torch.bool).index_fill(0, member[valid], True)
     value = torch.where(valid & live[member], (rewards - mean[member]) / (spread[member] + eps), 0.0)
     return Advantages(_cut(value, clip), valid, live)
 
@@ -249,6 +343,86 @@ def edge_advantages(
     return found.value.where(found.valid, torch.nan)
 
 
+def earlier_tools(
+    advantages: Tensor, group: Tensor, position: Tensor, lengths: Tensor, coef: float, cap: float
+) -> Tensor:
+    """A + clip(coef (p - mean p) / mean l, -cap |A|, cap |A|) of answers [B] (ASPO, arXiv:2508.19201).
+
+    p is the place of an answer's first tool call, NaN where there is none: such an answer keeps its A, and is in no
+    mean of p. l are the lengths; means are over the group.
+    """
+    _, member = torch.unique(group.to(advantages.device), return_inverse=True)
+    called = position.isfinite()
+    early = position.where(called, 0.0) - _group_mean(position, member, called)[member]
+    length = _group_mean(lengths.double(), member, torch.ones_like(called))[member].clamp(min=1)
+    bonus = (coef * early / length).where(called, 0.0)
+    most = cap * advantages.abs()
+    return advantages + bonus.clamp(-most, most)
+
+
+def sure_first(advantages: Tensor, group: Tensor, entropy: Tensor) -> Tensor:
+    """A / (H / mean of H over the group) of answers [B] (EDGE-GRPO, arXiv:2507.21848), H their mean entropies.
+
+    An answer whose H is unknown (NaN) or 0 keeps its A.
+    """
+    _, member = torch.unique(group.to(advantages.device), return_inverse=True)
+    known = entropy > 0
+    mean = _group_mean(entropy, member, known)[member]
+    return torch.where(known, advantages * mean / entropy.where(known, 1.0), advantages)
+
+
+def discounted(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Returns G_t = r_t + gamma G_{t+1} of token rewards [N,S] (REINFORCE++, arXiv:2501.03262), 0 off the mask.
+
+    Places off the mask are as if they were not there: they add nothing and do not discount.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
+    """Generalised advantages of tokens (arXiv:1506.02438, eq. 16), [N,S] each, `lam` one number or [N]; 0 off the mask.
+
+    A_t = delta_t + gamma lam A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t, where t + 1 is the next place on the
+    mask; beyond the last V and A are 0. A plus `values` is the critic's target; VC-PPO (arXiv:2503.01491) takes another
+    lam for it.
+    """
+    found = torch.zeros_like(rewards)
+    following = torch.zeros(2, len(rewards), dtype=rewards.dtype, device=rewards.device)
+    for place in reversed(range(rewards.shape[1])):
+        delta = rewards[:, place] + gamma * following[0] - values[:, place]
+        here = torch.stack([values[:, place], delta + gamma * lam * following[1]])
+        following = torch.where(mask[:, place], here, following)
+        found[:, place] = following[1]
+    return found.where(mask, 0.0)
+
+
+def adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
+    """lam = 1 - 1 / (alpha l) of answers with l tokens [N], at least 0 (VAPO, arXiv:2504.05118)."""
+    return (1 - 1 / (alpha * lengths.clamp(min=1))).clamp(min=0)
+
+
+def monte_carlo_values(returns: Tensor) -> Tensor:
+    """Values of states from the rewards [...,k] of k answers that went on from each (VinePPO, arXiv:2410.01679).
+
+    Continuations without a verdict do not count; NaN where none has one. With them `gae` at lam = 0 gives that method's
+    advantages.
+    """
+    return returns.detach().cpu().double().nan_to_num(torch.nan, torch.nan, torch.nan).nanmean(-1)
+
+
+def whiten(values: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """(x - mean) / sqrt(var + 1e-8) over the tokens of all processes where `mask` [N,S] is True; 0 elsewhere.
+
+    `total` adds a tensor up over the processes, which must all ask. The variance divides by n - 1.
+    """
+    x = values.detach().cpu().double()
+    known = mask.cpu()
+    count, first = total(torch.stack([known.sum().double(), x.where(known, 0.0).sum()])).tolist()
+    centred = (x - first / max(count, 1.0)).where(known, 0.0)
+    variance = total(centred.square().sum()) / max(count - 1, 1.0)
+    return centred * (variance + 1e-8).rsqrt()
+
+
 def keep_nonzero(credit: Tensor) -> Tensor:
     """Credit [E] with NaN for 0, so that edges without an advantage leave the table (Flow-GRPO's filter).
 
@@ -267,6 +441,32 @@ def _statistics(r: Tensor, g: Tensor, num_groups: int, unbiased: bool) -> tuple[
     mean = zeros.index_add(0, g, r) / count.clamp(min=1)
     squares = zeros.index_add(0, g, (r - mean[g]).square())
     return mean, (squares / (count - int(unbiased)).clamp(min=1)).sqrt(), count
+
+
+def _prepared(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
+    """Rewards in float64 on the CPU, which of them are verdicts, how many groups there are, the group of each [B]."""
+    rewards = rewards.detach().cpu().double()
+    names, member = torch.unique(group.to(rewards.device), return_inverse=True)
+    return rewards, rewards.isfinite(), len(names), member
+
+
+def _group_mean(values: Tensor, member: Tensor, known: Tensor) -> Tensor:
+    """Mean [G] of the known values [B] of each group; 0 where there is none."""
+    return _statistics(values[known].double(), member[known], int(member.max()) + 1, unbiased=False)[0]
+
+
+def _off_batch(r: Tensor, mean: MeanMode, baseline: BaselineMode, unbiased: bool) -> Tensor:
+    """Rewards r minus the mean of all, or as they are; 0 where all agree with that mean."""
+    if mean == "none":
+        if baseline != "mean":
+            raise ValueError("baseline=leave_one_out leaves a sample out of a mean, but mean=none has none.")
+        return r
+    if mean != "batch":
+        raise ValueError(f"unknown mean {mean!r}; choose group, batch or none.")
+    everyone = torch.zeros_like(r, dtype=torch.long)
+    centre, spread = _whole(r, unbiased)
+    stretch = _stretch(baseline, r.new_full((1,), len(r)))
+    return torch.where(_differ(r, everyone, spread), (r - centre) * stretch, 0.0)
 
 
 def _differ(r: Tensor, g: Tensor, spread: Tensor) -> Tensor:

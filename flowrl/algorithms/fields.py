@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 import samplers
 from flowrl.algorithms.advantages import BaselineMode, Combine, StdMode
 from flowrl.algorithms.kl import KLForm as KLFormName
-from flowrl.algorithms.objectives import Objective
+from flowrl.algorithms.objectives import NEEDS_PROBABILITIES, NEEDS_TRUST, Objective
 from samplers import Kernel, Solver
 
 SDEName = Literal["flow_sde", "dance_sde", "wan_sde", "cps", "ddim"]
@@ -60,12 +60,21 @@ def _positive_sides(clip_range: float | tuple[float, float]) -> float | tuple[fl
     return clip_range
 
 
+def check_steps(objective: Objective) -> None:
+    """Refuse an objective that has no meaning for steps."""
+    if objective in NEEDS_PROBABILITIES:
+        raise ValueError(
+            f"objective={objective!r} bounds how far the probability of a token moves, and a step has a density, which "
+            "has no upper bound; choose dppo, which bounds the divergence of the steps."
+        )
+
+
 def check_trust(objective: Objective, trust: float | None) -> None:
     """Refuse an objective whose trust region nobody can guess."""
-    if objective in ("spo", "drpo") and trust is None:
+    if objective in NEEDS_TRUST and trust is None:
         raise ValueError(
             f"objective={objective!r} needs algorithm.trust, the half-width of its trust region in the ratio (drpo: in "
-            "the density): about what clip_range would be, such as 1e-4."
+            "the density; dro: 1 / beta): about what clip_range would be, such as 1e-4."
         )
 
 
@@ -141,7 +150,10 @@ DPPO_TRUST = 1e-5
 Trust = Annotated[
     float | None,
     AfterValidator(_width),
-    Field(description="dppo: largest divergence of a step from the old one (null: 1e-5); spo, drpo: half-width."),
+    Field(
+        description="dppo: largest divergence of a step from the old one (null: 1e-5); spo, drpo: half-width; dro: 1 / "
+        "beta."
+    ),
 ]
 CombineHow = Annotated[
     Combine,

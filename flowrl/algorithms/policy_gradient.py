@@ -13,7 +13,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from flowrl.algorithms import fields
-from flowrl.algorithms.advantages import Advantages, combined_advantages, group_advantages, keep_nonzero, to_edges
+from flowrl.algorithms.advantages import Advantages, batch_advantages, keep_nonzero, to_edges
 from flowrl.algorithms.kl import Step, step_kl
 from flowrl.algorithms.objectives import NEEDS_MEANS, NEEDS_SEGMENTS, Edges, Limits, objective
 from flowrl.algorithms.schedule import AlgorithmError
@@ -46,6 +46,7 @@ class PolicyGradient(Hyperparameters):
     @model_validator(mode="after")
     def _noise_is_possible(self) -> Self:
         fields.check_eta(self.sde, self.eta)
+        fields.check_steps(self.objective)
         fields.check_trust(self.objective, self.trust)
         return self
 
@@ -77,14 +78,7 @@ class PolicyGradient(Hyperparameters):
             "std": self.adv_std, "eps": self.adv_eps, "unbiased": self.unbiased, "baseline": self.baseline,
             "std_floor": self.adv_floor, "clip": self.adv_clip,
         }  # fmt: skip
-        if self.combine == "sum":
-            return group_advantages(batch.rewards, group, **how)  # type: ignore[arg-type]
-        scores, weights = batch.scores, batch.weights
-        if len(weights) <= 1:  # the total is this one reward, or only gates, and knows what gates do
-            scores, weights = {"total": batch.rewards}, {"total": 1.0}
-        # A sample has a verdict in all parts or in none, which the total knows.
-        known = {k: v.where(batch.rewards.isfinite().to(v.device), torch.nan) for k, v in scores.items()}
-        return combined_advantages(known, weights, group, self.combine, **how)  # type: ignore[arg-type]
+        return batch_advantages(batch.rewards, batch.scores, batch.weights, group, self.combine, **how)
 
     def credit(self, batch: Batch) -> Tensor:
         """Every edge gets the mean advantage of the samples that it led to."""
@@ -161,10 +155,10 @@ def edges_seen(batch: Batch, current: Step, segmented: bool = False) -> Edges:
         log_ratio=gaussian_logprob(edges.x_next, transition) - edges.logprob,
         advantages=batch.advantages,
         logprob=edges.logprob,
+        segment=segments(edges.leaves) if segmented else torch.arange(len(edges), device=edges.step.device),
         std=transition.std.flatten(),
         h=edges.t - edges.t_next,
         divergence=None if edges.mean is None else gaussian_kl(transition, transition._replace(mean=edges.mean)),
-        segment=segments(edges.leaves) if segmented else torch.arange(len(edges), device=edges.step.device),
     )
 
 

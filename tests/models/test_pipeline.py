@@ -176,7 +176,7 @@ def test_a_hub_model_without_settings_has_none(monkeypatch):
 
 
 def test_guidance_has_one_key(tmp_path):
-    from flowrl.train import load_model
+    from flowrl.media import load_model
     from tests import runs
 
     config = runs.config("tiny/sd3", tmp_path, {"model.inference": {"guidance_scale": 7.0}})

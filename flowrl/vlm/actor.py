@@ -1,0 +1,310 @@
+"""Models that write as the acting half of a run: answers to questions about pictures, graded by verifiers.
+
+The other half, `flowrl.train`, is the one that media have too: prompts, filters, credit, updates, checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl.config import Config, curriculum_problems, folder_problems
+from flowrl.configfile import Key
+from flowrl.data import DataError, PromptSampler, fingerprint
+from flowrl.engine import Engine
+from flowrl.evaluate import Evaluation, evaluation_prompts
+from flowrl.memory import explained
+from flowrl.models.pipeline import ModelError
+from flowrl.report import sheet_of, spread
+from flowrl.rollouts import write_rollout
+from flowrl.types import AnyBatch, Prompt, TokenBatch, Tokens, padded_places
+from flowrl.vlm.augment import hook
+from flowrl.vlm.data import load_questions
+from flowrl.vlm.metrics import REFLECTS, reflection, text_metrics
+from flowrl.vlm.model import ImageTextModel
+from flowrl.vlm.policy import TextPolicy
+from flowrl.vlm.rollout import Writer, Written
+from flowrl.vlm.tools import ToolError, build_tools
+from rewards import HubResult
+from rewards.combine import Rule
+from rewards.types import RewardError
+from rewards.verifiers import Answer, Verifiers
+from rewards.verifiers.adapter import KEYS
+
+SOURCE = "data_source"
+"""Metadata: where a question is from."""
+EVALUATION = -1
+"""The iteration that keys the draws of answers which are not trained on."""
+RIGHT = 1 - 1e-6
+"""Total from which on an answer is right."""
+ACCURACY = "accuracy"
+"""Score of an evaluation: the share of answers that are right."""
+
+
+class TextActor:
+    """`flowrl.actor.Actor` of a Hugging Face image-text-to-text model."""
+
+    per_call = False
+    judges = True
+
+    def __init__(self, config: Config, algorithm: Any, engine: Engine) -> None:
+        assert config.generation is not None
+        self.config, self.algorithm, self.engine, self.settings = config, algorithm, engine, config.generation
+        data = config.data
+        self.prompts = _questions(config, data.prompts, "train")
+        held_out = _questions(config, data.eval_prompts or data.prompts, "held_out")
+        self.eval_prompts = evaluation_prompts(held_out, data.evaluation.num_samples)
+        self.hub = Verifiers([verifier_entry(entry) for entry in config.rewards], max_nan_frac=None)
+        self._held_out = _held_out(config, self.hub)
+        self.revived = hook(data.on_dead_group) if data.on_dead_group else None
+        self.in_effect: list[str] = []
+
+    @staticmethod
+    def problems(config: Config) -> Iterator[tuple[Key, str]]:
+        """Verifiers, questions, curriculum, hook, tools and the model's folder, before weights are loaded."""
+        assert config.generation is not None
+        for key in ("rewards", "eval_rewards"):
+            for index, entry in enumerate(getattr(config, key)):
+                try:
+                    Verifiers([verifier_entry(entry) | {"weight": 1.0, "only_where": None}]).close()
+                except RewardError as error:
+                    yield (key, index), str(error)
+        data = config.data
+        try:
+            questions = _questions(config, data.prompts, "train")
+            sampler = PromptSampler(questions, data.prompts_per_iteration, balance=data.balance, together=data.together)
+        except DataError as error:
+            yield ("data", "prompts"), str(error)
+        else:
+            yield from curriculum_problems(config, sampler, questions)
+        try:
+            _questions(config, data.eval_prompts or data.prompts, "held_out")
+        except DataError as error:
+            yield ("data", "eval_prompts"), str(error)
+        try:
+            build_tools(config.generation.tools.use if config.generation.tools else ())
+        except ToolError as error:
+            yield ("generation", "tools"), str(error)
+        try:
+            if data.on_dead_group:
+                hook(data.on_dead_group)
+        except ValueError as error:
+            yield ("data", "on_dead_group"), str(error)
+        yield from folder_problems(config)
+
+    @property
+    def held_out(self) -> dict[str, Rule]:
+        """Verifiers that are only watched."""
+        return {} if self._held_out is None else dict(self._held_out.rules)
+
+    def fingerprint(self, prompts: Sequence[Prompt]) -> str:
+        """A hash of texts, metadata and pictures."""
+        return fingerprint(prompts)
+
+    def load(self) -> None:
+        """The model with its processor, the policy, and what writes."""
+        section, needs = self.config.model, self.algorithm.needs
+        with explained(self.config, "loading"):
+            model = ImageTextModel.load(
+                section.path, dtype=getattr(torch, section.dtype), freeze_vision=section.freeze_vision,
+                value_head=needs.value, attention=section.attention,
+            )  # fmt: skip
+            self.policy: TextPolicy = TextPolicy(
+                model, lora=None if section.lora is None else section.lora.model_dump(), reference=needs.reference, old=needs.old,
+                ema_decay=self.config.optimizer.ema_decay, gradient_checkpointing=section.gradient_checkpointing,
+                temperature=self.settings.temperature, device=self.engine.device, seed=self.config.seed,
+            )  # fmt: skip
+        self.writer = Writer(self.policy, self.settings)
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Answers, turns and updates of an iteration."""
+        data, generation, o = self.config.data, self.settings, self.config.optimizer
+        asked, each, world = data.prompts_per_iteration, data.samples_per_prompt, self.engine.world
+        tools = generation.tools
+        turns = f", {tools.max_turns} turns with {', '.join(tools.use)}" if tools else ""
+        return [
+            ("model", f"{self.config.model.path}, {'LoRA' if self.policy.lora else 'full weights'}"),
+            ("algorithm", self.config.algorithm.name),
+            ("samples", f"{asked} questions x {each} = {asked * each} answers an iteration"),
+            ("answers", f"up to {generation.max_new_tokens} tokens at temperature {generation.temperature:g}{turns}"),
+            ("updates", f"{o.updates_per_iteration} an iteration"),
+            ("trainable", f"{self.policy.num_trainable:,} parameters"),
+            ("length", f"{self.config.iterations} iterations on {world} process{'es' if world > 1 else ''}"),
+        ]
+
+    def warmup(self, everywhere: bool) -> None:
+        """Verifiers have nothing to try."""
+
+    # -------------------------------------------------------------------------------------------- samples
+
+    def plan(self, iteration: int) -> float:
+        """How far the run is: what changes along it (a dynamic IoU, noise on pictures) reads this."""
+        return iteration / self.config.iterations
+
+    def collect(self, plan: float, prompts: Sequence[Prompt], slots: Sequence[int], iteration: int) -> TokenBatch:
+        """K answers to each of these prompts."""
+        members = self.config.data.samples_per_prompt
+        with explained(self.config, "rollout"), self.policy.role("rollout"):
+            written = self.writer(
+                prompts, slots, members=members, seed=self.config.seed, iteration=iteration, progress=plan,
+                needs=self.algorithm.needs,
+            )  # fmt: skip
+        slot = torch.tensor(list(slots), dtype=torch.long)
+        group = slot[written.tokens.prompt]
+        return TokenBatch(
+            prompts=list(prompts), tokens=written.tokens, group=group, iteration=iteration, seed=self.config.seed,
+            facts=written.facts | {REFLECTS: reflection(written.texts)}, progress=plan, values=written.values,
+            reference=written.reference,
+            samples=tuple(answers_of(written, prompts, group)),
+        )  # fmt: skip
+
+    def submit(self, batch: AnyBatch) -> Callable[[], HubResult]:
+        """Verifiers answer at once, or wait for judges themselves."""
+        assert isinstance(batch, TokenBatch)
+        return lambda: self.hub(batch.samples, batch.progress)
+
+    def prepared(self, batch: AnyBatch) -> AnyBatch:
+        """Nothing is added."""
+        return batch
+
+    def facts(self, batch: AnyBatch) -> dict[str, Tensor]:
+        """Lengths, truncation, calls of tools and the like."""
+        assert isinstance(batch, TokenBatch)
+        return batch.facts
+
+    def metrics(
+        self, prompts: Sequence[Prompt], batch: AnyBatch, table: Tensor, scores: Mapping[str, Tensor],
+        facts: Mapping[str, Tensor], seconds: float,
+    ) -> dict[str, float]:  # fmt: skip
+        """What the answers were like: rewards by source, lengths, truncation, pass@k, tools, tokens a second."""
+        per_prompt = self.config.data.samples_per_prompt
+        group = torch.arange(len(table)) // per_prompt
+        known = [str(prompt.metadata.get(SOURCE, "")) for prompt in prompts]
+        sources = [name for name in known for _ in range(per_prompt)] if all(known) else None
+        return text_metrics(table, group, facts, sources=sources, threshold=RIGHT, seconds=seconds)
+
+    def join(self, batches: Sequence[AnyBatch]) -> AnyBatch:
+        """The answers of several tries under each other."""
+        parts = [batch for batch in batches if isinstance(batch, TokenBatch)]
+        offsets = [sum(len(part.prompts) for part in parts[:i]) for i in range(len(parts))]
+        return replace(
+            parts[0], prompts=[prompt for part in parts for prompt in part.prompts],
+            tokens=Tokens.cat([part.tokens for part in parts], offsets),
+            group=torch.cat([part.group for part in parts]),
+            facts={name: torch.cat([part.facts[name] for part in parts]) for name in parts[0].facts},
+            samples=tuple(sample for part in parts for sample in part.samples),
+            values=_under_each_other([part.values for part in parts]),
+            reference=_under_each_other([part.reference for part in parts]),
+        )  # fmt: skip
+
+    def revive(self, batch: AnyBatch, dead: Sequence[Prompt], iteration: int) -> list[Prompt]:
+        """Prompts with a hint, where `data.on_dead_group` gives one."""
+        return [] if self.revived is None else [made for prompt in dead if (made := self.revived(prompt)) is not None]
+
+    def record(self, folder: Path, iteration: int, batch: AnyBatch, result: HubResult) -> None:
+        """The first groups, a line an answer."""
+        write_rollout(folder, iteration, batch, result)
+
+    # -------------------------------------------------------------------------------------------- for people
+
+    def evaluate(self) -> Evaluation:
+        """One answer to each held-out question with the averaged weights, the same draws every time."""
+        settings = self.config.data.evaluation
+        with self.policy.averaged(), self.policy.role("eval"):
+            written = self.writer(
+                self.eval_prompts, range(len(self.eval_prompts)), members=1, seed=settings.seed, iteration=EVALUATION,
+                temperature=self.settings.evaluation_temperature, batch_size=settings.batch_size,
+            )  # fmt: skip
+        answers = answers_of(written, self.eval_prompts, torch.arange(len(self.eval_prompts)))
+        result, *others = [hub(answers, 1.0) for hub in (self.hub, self._held_out) if hub is not None]
+        scores: dict[str, Tensor] = {}
+        for answer in (result, *others):
+            scores |= answer.scores
+            scores |= {f"{name}.{part}": value for name, parts in answer.parts.items() for part, value in parts.items()}
+        right = (result.total >= RIGHT).float().where(result.total.isfinite(), torch.nan)
+        lengths = written.facts["tokens"]
+        return Evaluation(
+            prompts=list(self.eval_prompts), scores={ACCURACY: right} | scores, total=result.total,
+            measures={"answer_tokens": (lengths.mean().item(), (lengths.std() / len(lengths) ** 0.5).item())},
+            media=None, texts=written.texts,
+        )  # fmt: skip
+
+    def show(self, found: Evaluation, path: Path) -> None:
+        """A grid of pictures above questions and answers."""
+        chosen = spread(len(found.prompts), self.config.data.evaluation.grid_prompts)
+        if chosen:
+            pictures = [self.writer.picture(found.prompts[i]) for i in chosen]
+            captions = [f"{found.prompts[i].text} -> {found.texts[i]}" for i in chosen]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sheet_of(pictures, captions, lines=5).save(path, optimize=True)
+
+    def export(self, folder: Path) -> str:
+        """Weights: an adapter for peft, or a whole folder for transformers."""
+        self.policy.export(folder)
+        return "for transformers" if self.policy.lora is None else "for peft"
+
+    def check_export(self, folder: Path) -> None:
+        """Load them into a model of their own, and answer the first held-out question."""
+        model = ImageTextModel.load(self.config.model.path, dtype=self.policy.model.dtype)
+        policy = TextPolicy(model, frozen=True, device=self.engine.device)
+        policy.load_weights(folder)
+        written = Writer(policy, self.settings)(self.eval_prompts[:1], [0], members=1, seed=0, iteration=EVALUATION)
+        if not bool(written.tokens.logprob.isfinite().all()):
+            raise ModelError(f"the exported weights in {folder} give log-probabilities that are not finite.")
+
+    def close(self) -> None:
+        """Close verifiers and tools."""
+        for part in (self.hub, self._held_out, getattr(self, "writer", None)):
+            if part is not None:
+                part.close()
+
+
+def _questions(config: Config, source: Any, split: str) -> list[Prompt]:
+    data = config.data
+    return load_questions(
+        source, split, fields=data.fields, template=data.template, system=data.system, drop_options=data.drop_options
+    )
+
+
+def answers_of(written: Written, prompts: Sequence[Prompt], group: Tensor) -> list[Answer]:
+    """The answers as verifiers see them."""
+    return [
+        Answer(text, prompt=prompts[p].text, group=g, meta=prompts[p].metadata, tokens=int(count), truncated=bool(cut))
+        for text, p, g, count, cut in zip(
+            written.texts,
+            written.tokens.prompt.tolist(),
+            group.tolist(),
+            written.facts["tokens"].tolist(),
+            written.facts["truncated"].tolist(),
+            strict=True,
+        )  # fmt: skip
+    ]
+
+
+def verifier_entry(entry: Any) -> dict[str, Any]:
+    """A reward's entry as the verifiers read it: without what is for rewards of media."""
+    given = {key: value for key, value in entry.model_dump(exclude_unset=True).items()}
+    return {key: given[key] for key in given if key in KEYS or key in entry.options}
+
+
+def _under_each_other(tables: Sequence[Tensor | None]) -> Tensor | None:
+    """Tables [n,S] of places under each other; None where there is none."""
+    there = [table for table in tables if table is not None]
+    return padded_places(there) if there else None
+
+
+def _held_out(config: Config, trained: Verifiers) -> Verifiers | None:
+    """Verifiers that are not trained on."""
+    if not config.eval_rewards:
+        return None
+    hub = Verifiers([verifier_entry(entry) | {"weight": 1.0} for entry in config.eval_rewards], max_nan_frac=None)
+    if both := sorted(set(hub.rules) & set(trained.rules)):
+        raise RewardError(
+            f"rewards and eval_rewards both have scores called {', '.join(both)}; give those of eval_rewards a `name:`"
+        )
+    return hub

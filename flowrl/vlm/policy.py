@@ -1,0 +1,250 @@
+"""The policy that writes: a vision-language model of which LoRA adapters, all weights or nothing learn.
+
+    policy = TextPolicy(ImageTextModel.load("shapes_vlm"), lora={"rank": 16, "alpha": 32}, temperature=1.0)
+    inputs = policy.prepare(asked("How many circles are there?", [picture]))
+    rows = policy.write([begin(inputs, (seed, iteration, slot, member)) for member in range(8)], limit=64)
+    tokens = policy.tokens(rows, prompt=[0] * 8)
+    policy.evaluate(tokens, entropy=True).logprob          with gradient; equals tokens.logprob before the first step
+
+Symbols: N rows, S places of an answer, M places that the policy chose, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from flowrl.models.pipeline import ModelError
+from flowrl.policy import Lora, Trained
+from flowrl.types import Tokens, TokenStats
+from flowrl.vlm import augment, export, generate
+from flowrl.vlm.collate import Cache, Inputs, Message, collate
+from flowrl.vlm.generate import Row
+from flowrl.vlm.model import ImageTextModel, pictures_of, with_pictures
+
+_NUMBERS = 1 << 26
+"""Log-probabilities that are made at a time, in fp32: 256 MiB, and a few times that in between."""
+
+
+class TextPolicy(Trained):
+    """A model that writes, at a temperature: what `evaluate` says is how probable the drawing of a token was."""
+
+    model: ImageTextModel
+
+    def __init__(
+        self, model: ImageTextModel, *, temperature: float = 1.0, lora: Lora | Mapping[str, Any] | None = None,
+        **trained: Any,
+    ) -> None:  # fmt: skip
+        """`lora` and the others are as in `Trained`; targets are never in what the model keeps frozen.
+
+        `temperature` is that of sampling and scoring alike.
+        """
+        if not temperature > 0:
+            raise ModelError(f"temperature is {temperature}; set one above 0, and greedy=True where nothing is drawn.")
+        self.temperature = temperature
+        self._prepared = Cache()
+        self._masks: tuple[float, int] | None = None
+        super().__init__(model, lora=_within(model, lora), **trained)
+
+    # ------------------------------------------------------------------------------------ answers
+
+    def prepare(self, messages: Sequence[Message], solution: str | None = None, key: Hashable | None = None) -> Inputs:
+        """A prompt as the model takes it (`ImageTextModel.prepare`); under a `key` it is kept for the next time."""
+
+        def make() -> Inputs:
+            return self.model.prepare(messages, solution)
+
+        return make() if key is None else self._prepared.get(key, make)
+
+    def write(self, rows: Sequence[Row], *, limit: int, temperature: float | None = None, **options: Any) -> list[Row]:
+        """Goes on with rows by at most `limit` tokens each (`flowrl.vlm.generate.write`), at the policy's temperature.
+
+        Another temperature, or greedy=True, is for answers that are not trained on.
+        """
+        options["temperature"] = self.temperature if temperature is None else temperature
+        written = generate.write(self.model, rows, limit=limit, **options)
+        self._count(rows, written)
+        return written
+
+    def force(self, rows: Sequence[Row], *, limit: int, temperature: float | None = None, **options: Any) -> list[Row]:
+        """Lets rows that were cut off while they thought answer after all (`flowrl.vlm.generate.force`)."""
+        options["temperature"] = self.temperature if temperature is None else temperature
+        written = generate.force(self.model, rows, limit=limit, **options)
+        self._count(rows, written)
+        return written
+
+    def tokens(self, rows: Sequence[Row], prompt: Sequence[int]) -> Tokens:
+        """The table of N answers, `prompt` [N] being their prompts' places in the batch's list.
+
+        Below float32 one token at a time and all at once are rounded differently: then the log-probs are made again in
+        the way that the update makes them, and the first ratio is 1 again.
+        """
+        tokens = generate.tokens_of(rows, prompt)
+        return tokens if self.model.dtype == torch.float32 else self.rescored(tokens)
+
+    @torch.no_grad()
+    def rescored(self, tokens: Tokens, rows: int = 16) -> Tokens:
+        """The same answers with the log-probs that `evaluate` gives them now, `rows` at a time.
+
+        For answers of a foreign engine, or to a picture that the update is not shown.
+        """
+        parts = [self.evaluate(tokens.select(part)).logprob for part in torch.split(torch.arange(len(tokens)), rows)]
+        width = tokens.ids.shape[1]
+        logprob = torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+        return replace(tokens, logprob=logprob.to(tokens.ids.device))
+
+    def text(self, row: Row | Tensor) -> str:
+        """An answer as people and verifiers read it, without the tokens that end it."""
+        return self.model.decode(row.ids if isinstance(row, Row) else row)
+
+    # ------------------------------------------------------------------------------------ what an update asks
+
+    def evaluate(self, tokens: Tokens, *, entropy: bool = False, value: bool = False) -> TokenStats:
+        """What the current weights say about the places of N answers that the policy chose, [N,S]; adds to `calls`.
+
+        The log-probabilities of the whole vocabulary are made for these places alone, a part at a time, and again in
+        the backward pass where there are several parts.
+        """
+        seen, states = self._states(tokens)
+        rows, places = tokens.mask.to(states.device).nonzero(as_tuple=True)
+        # The state before a token is that which says how probable it is.
+        before = states[rows, places + (seen - 1)]
+        ids = tokens.ids.to(states.device)[rows, places]
+
+        def table(column: Tensor) -> Tensor:
+            return torch.zeros(tokens.ids.shape, device=states.device).index_put((rows, places), column)
+
+        logprob, spread = self._scored(before, ids, entropy)
+        return TokenStats(
+            logprob=table(logprob),
+            entropy=table(spread) if entropy else None,
+            value=table(self.model.values(before)) if value else None,
+        )
+
+    @torch.no_grad()
+    def values(self, tokens: Tokens) -> Tensor:
+        """What the value head expects before each token that the policy chose, fp32 [N,S]; ModelError without one."""
+        value = self.evaluate(tokens, value=True).value
+        assert value is not None
+        return value
+
+    def gold(self, tokens: Tokens) -> Tokens | None:
+        """The right answers to these rows' prompts, one a prompt that has one, for supervised terms (CHORD, GHPO)."""
+        first = {id(inputs.ids): (inputs, int(p)) for inputs, p in zip(tokens.inputs, tokens.prompt, strict=True)}
+        rows, prompts = [], []
+        for inputs, prompt in first.values():
+            if inputs.solution is not None:
+                row = generate.begin(replace(inputs, later=()), ())
+                rows.append(row.wrote(inputs.solution, torch.zeros(len(inputs.solution)), "eos"))
+                prompts.append(prompt)
+        return generate.tokens_of(rows, prompts).to(tokens.ids.device) if rows else None
+
+    @contextmanager
+    def masked_images(self, ratio: float, seed: int) -> Iterator[None]:
+        """Within it `evaluate` sees pictures of which this share of patches is black (PAPO, arXiv:2507.06448)."""
+        before, self._masks = self._masks, (ratio, seed)
+        try:
+            yield
+        finally:
+            self._masks = before
+
+    def _states(self, tokens: Tokens) -> tuple[int, Tensor]:
+        """How many places stand before the answers, and the last states of all places [N, that + S, H]."""
+        inputs = tokens.inputs if self._masks is None else self._masked(tokens.inputs, *self._masks)
+        batch = collate(inputs, tokens.ids, tokens.present, self.model.pad_id)
+        self.calls[self._role] += int(batch["attention_mask"].sum())
+        states, _ = self.model.states(batch)
+        return states.shape[1] - tokens.ids.shape[1], states
+
+    def _scored(self, states: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy [M] of the tokens `ids` [M] after `states` [M,H]."""
+        size = max(1, _NUMBERS // self.model.trainable.get_output_embeddings().weight.shape[0])
+        parts = []
+        for start in range(0, max(1, len(ids)), size):
+            part = states[start : start + size], ids[start : start + size], entropy
+            parts.append(
+                self._score(*part) if len(ids) <= size else checkpoint(self._score, *part, use_reentrant=False)
+            )
+        logprob, spread = zip(*parts, strict=True)
+        return torch.cat(logprob), torch.cat(spread)
+
+    def _score(self, states: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+        table = self.model.logprobs(states, self.temperature)
+        logprob = table.gather(1, ids[:, None])[:, 0]
+        if not entropy:
+            return logprob, torch.zeros_like(logprob)
+        # 0 log 0 is 0: what is banned adds nothing, and has no gradient.
+        inside = table.index_fill(-1, self.model.banned.to(table.device), 0.0)
+        return logprob, -(table.exp() * inside).sum(-1)
+
+    def _masked(self, inputs: Sequence[Inputs], ratio: float, seed: int) -> list[Inputs]:
+        made: dict[int, Inputs] = {}
+        for one in inputs:
+            if id(one) not in made:
+                made[id(one)] = self._black(one, ratio, seed)
+        return [made[id(one)] for one in inputs]
+
+    def _black(self, inputs: Inputs, ratio: float, seed: int) -> Inputs:
+        """A prompt with masked pictures; those that came later in the answer stay as they are."""
+        key = int(inputs.ids.sum())  # one that does not depend on the order of the prompts
+        black = (
+            augment.masked(picture, ratio, seed=seed, iteration=0, prompt=key, number=number)
+            for number, picture in enumerate(pictures_of(inputs.messages))
+        )
+        return replace(inputs, media=self.model.prepare(with_pictures(inputs.messages, black)).media)
+
+    def _count(self, rows: Sequence[Row], written: Sequence[Row]) -> None:
+        """Tokens that went through the network: each prefix once, then what was written."""
+        read = {id(row.inputs) if not len(row.ids) else id(row): len(row.inputs.ids) + len(row.ids) for row in rows}
+        new = sum(len(after.ids) - len(before.ids) for before, after in zip(rows, written, strict=True))
+        self.calls[self._role] += sum(read.values()) + new
+
+    # ------------------------------------------------------------------------------------ files
+
+    def export(
+        self, folder: str | Path, *, averaged: bool = True, inference: Mapping[str, Any] | None = None,
+        form: export.Form | None = None,
+    ) -> Path:  # fmt: skip
+        """Writes what was learnt in a form of `flowrl.vlm.export`; None: adapters where there are some, else full."""
+        if not self._parameters:
+            raise ModelError("a frozen policy has learnt nothing that could be exported.")
+        chosen = form or ("full" if self.lora is None else "peft")
+        settings = {"temperature": self.temperature, **(inference or {})}
+        with self.averaged() if averaged else nullcontext():
+            export.write(self.model, self.lora is not None, Path(folder), chosen, settings)
+        return Path(folder)
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Takes back what `export` wrote of the same model, rank, alpha and targets; averages start anew."""
+        source = Path(folder).expanduser()
+        if export.is_peft(source) != (self.lora is not None):
+            is_what, trains = (
+                ("LoRA adapters", "all weights") if self.lora is None else ("a whole model", "LoRA adapters")
+            )
+            raise ModelError(
+                f"weights {str(folder)!r} are {is_what}, the policy trains {trains}: build it with the lora of the run "
+                "that wrote them."
+            )
+        if self.lora is not None:
+            found = export.read_adapters(source, self.lora.alpha)
+        else:
+            stored = export.read_full(source, self._module)  # what is frozen too
+            found = {name: tensor for name, tensor in stored.items() if name in self._parameters}
+        self._assign(found | export.read_value_head(source))
+        for follower in self._followers.values():
+            follower.reset()
+
+
+def _within(model: ImageTextModel, lora: Lora | Mapping[str, Any] | None) -> Lora | None:
+    """LoRA settings whose targets, if there are any, are the full names of layers that may learn."""
+    if lora is None:
+        return None
+    asked = Lora.model_validate(lora)
+    return asked if asked.targets is None else asked.model_copy(update={"targets": model.layers(asked.targets)})

@@ -12,12 +12,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from flowrl.collect import Guidance
 from flowrl.config import Config
 from flowrl.configfile import Key
 from flowrl.engine import Engine
 from flowrl.evaluate import Evaluation
 from flowrl.policy import Trained
-from flowrl.types import AnyBatch, Prompt
+from flowrl.replay import Replayed
+from flowrl.types import AnyBatch, Prompt, TokenBatch, Tokens
 from rewards import HubResult
 from rewards.combine import Rule
 
@@ -50,6 +52,10 @@ class Actor(Protocol):
     """Rewards that are only watched."""
     judges: bool
     """Whether samples are scored after they are drawn; otherwise they carry their rewards, or need none."""
+    denoises: bool
+    """Whether a sample is made in steps, whose number can be chosen, and which can be guided."""
+    guide: Guidance | None
+    """What guides them in evaluations."""
 
     def __init__(self, config: Config, algorithm: Any, engine: Engine) -> None: ...
 
@@ -58,12 +64,45 @@ class Actor(Protocol):
         """(key, message) of everything wrong with a config that shows before weights are loaded."""
         ...
 
+    @staticmethod
+    def notes(config: Config) -> Iterator[str]:
+        """What a config's rewards lack on this machine: no mistake, it may be fetched or run elsewhere."""
+        ...
+
+    @staticmethod
+    def small(config: Config) -> dict[str, Any]:
+        """Overrides {dotted key: value} that make one sample cheap, for a try of everything else."""
+        ...
+
+    @staticmethod
+    def forms(config: Config) -> tuple[str, ...]:
+        """Formats that a run's weights can be exported in, the usual one first."""
+        ...
+
+    @staticmethod
+    def forecast(
+        config: Config, devices: int, tflops: float | None, memory: float | None
+    ) -> tuple[list[tuple[str, str]], list[str]]:
+        """What `describe` says, and memory and work in sentences, without reading weights.
+
+        `tflops` is the peak of one device (None: measured), `memory` its GiB, where what to change is asked.
+        """
+        ...
+
     def fingerprint(self, prompts: Sequence[Prompt]) -> str:
         """A hash of everything that prompts hold."""
         ...
 
     def load(self) -> None:
         """The model and its policy."""
+        ...
+
+    def load_finished(self, weights: Path | None) -> None:
+        """The model to be used and not trained: with exported weights, or None: as it was before the run."""
+        ...
+
+    def load_checkpoint(self, state: Mapping[str, Tensor]) -> None:
+        """The policy of a checkpoint, to be exported: nothing that only training needs is loaded."""
         ...
 
     def describe(self) -> list[tuple[str, str]]:
@@ -109,6 +148,10 @@ class Actor(Protocol):
         """Prompts whose answers were all wrong, made easier for another try; [] where nothing can be done."""
         ...
 
+    def replayed(self, batch: TokenBatch, again: Replayed[Tokens], mine: Tensor) -> TokenBatch:
+        """A batch and behind it the rows `mine` of earlier answers."""
+        ...
+
     def record(self, folder: Path, iteration: int, batch: AnyBatch, result: HubResult) -> None:
         """Single samples with what every reward said, for people."""
         ...
@@ -121,8 +164,8 @@ class Actor(Protocol):
         """A picture of some of them."""
         ...
 
-    def export(self, folder: Path) -> str:
-        """The weights, and in a few words what reads them."""
+    def export(self, folder: Path, *, form: str | None = None, averaged: bool = True) -> str:
+        """The weights in one of `forms` (None: the usual one), and in a few words what reads them."""
         ...
 
     def check_export(self, folder: Path) -> None:

@@ -235,6 +235,15 @@ class FilterEntry(BaseModel):
         return self.model_dump()
 
 
+class ReplayConfig(Section):
+    """Answers of earlier iterations in the places of those that teach nothing (SSB of Skywork R1V2)."""
+
+    size: Count = 512
+    """Answers that are remembered, those with an advantage only."""
+    max_age: Count = 4
+    """Iterations after which an answer is forgotten."""
+
+
 class DataConfig(Section):
     """Prompts, and how many samples an iteration makes of them, on however many devices."""
 
@@ -254,12 +263,17 @@ class DataConfig(Section):
     """Metadata key, such as `category`, whose values every iteration covers evenly; null = plain shuffling."""
     together: Word | None = None
     """Metadata key whose equal values make prompts come together and be one group for credit; null = each by itself."""
-    curriculum: Word | None = None
-    """Which prompts are drawn more: learnable, easy_first, package.module:attr, ./file.py:attr; null = all in turn."""
+    curriculum: Word | dict[str, Any] | None = None
+    """Which prompts are drawn more: learnable, easy_first, rlcs, greso, history_resampling, staged, package.module:attr,
+    ./file.py:attr, or {use: ..., option: value}; null = all in turn."""
     history: Natural = 32
     """Rewards remembered of each prompt, best a few groups' worth; 0 = none."""
     filters: tuple[FilterEntry, ...] = ()
     """Which groups and samples are trained on, each filter after the other; () = all."""
+    passing: Number = 0.5
+    """Reward from which on a sample counts as right, for curricula and the figures of filters."""
+    replay: ReplayConfig | None = None
+    """Of a model that writes; null = each answer is trained on in its own iteration only."""
     max_tries: Count = 1
     """Rollouts of an iteration until prompts_per_iteration groups pass the filters; 1 = what is left is trained on."""
     on_dead_group: Word | None = None
@@ -290,8 +304,8 @@ class ForcedAnswerConfig(Section):
 class ToolsConfig(Section):
     """Tools that a model may call while it answers; what they say is not trained on."""
 
-    use: tuple[Word, ...]
-    """zoom, calculator, package.module:attr, ./file.py:attr."""
+    use: tuple[Word | dict[str, Any], ...]
+    """zoom, calculator, package.module:attr, ./file.py:attr; or {use: zoom, option: value, ...}."""
     max_turns: Count = 2
     """Turns of the model, the last one included."""
     timeout: Positive = 10.0
@@ -321,7 +335,13 @@ class NoisyConfig(Section):
     share: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)] = 0.5
     """Of a group's answers, those that see the distorted picture; the update shows all of them the clean one."""
     strength: NonNegative = 0.5
-    """Of the distortion at the start; it falls along the run."""
+    """Of the distortion at the start; it falls along the run: std of pixels in [0, 1], or radius or margin in sides."""
+    kind: Literal["noise", "blur", "crop"] = "noise"
+    """What is done to the picture."""
+    midpoint: Share = 2 / 3
+    """Share of the run after which half of the strength is left."""
+    steepness: Positive = 30.0
+    """How suddenly it falls."""
 
 
 class GenerationConfig(Section):
@@ -618,6 +638,12 @@ def _text_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, str]]
         yield ("data", "samples"), "stored samples are media; a model that writes answers makes its own: rollout"
     if config.optimizer.update == "single_pass":
         yield ("optimizer", "update"), "single_pass is for media; leave it out"
+    if config.data.replay is not None:
+        tools = config.generation.tools is not None
+        for what, given in (("a value head", algorithm.needs.value), ("pairs of answers", algorithm.needs.whole_groups),
+                            ("tools, whose pictures are not remembered", tools)):  # fmt: skip
+            if given:
+                yield ("data", "replay"), f"does not go together with {what}; leave it out"
     smallest = getattr(algorithm, "fewest_samples", 1)
     if config.data.samples_per_prompt < smallest:
         text = f"{name} compares the answers to a prompt, so it needs {smallest} of them; draw more"
@@ -743,7 +769,18 @@ def media_problems(config: Config) -> Iterator[tuple[Key, str]]:
     except DataError as error:
         yield ("data", "eval_prompts"), str(error)
     yield from _teacher_problems(config)
+    yield from filter_problems(config)
     yield from folder_problems(config)
+
+
+def filter_problems(config: Config) -> Iterator[tuple[Key, str]]:
+    """Filters that do not exist, or whose options cannot be meant."""
+    from flowrl.filters import FilterError, build
+
+    try:
+        build([entry.entry() for entry in config.data.filters])
+    except FilterError as error:
+        yield ("data", "filters"), str(error)
 
 
 def folder_problems(config: Config) -> Iterator[tuple[Key, str]]:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from flowrl import resolve as names
 from flowrl.config import Config
 from flowrl.costs import Cost
+from flowrl.engine import default_device
 from flowrl.media import options_of
 from flowrl.memory import cheaper
 from flowrl.models.pipeline import FAMILIES, family_of, read_inference, sketch_pipeline
@@ -244,6 +245,13 @@ def matmul_flops(device: str | torch.device, dtype: torch.dtype, seconds: float 
         synchronize()
         count += 1
     return 2 * side**3 * count / (time.perf_counter() - start)
+
+
+def speed_of(config: Config, tflops: float | None) -> float:
+    """Operations a second of one device: what is said to be its peak, or what this machine's reaches on a matmul."""
+    if tflops:
+        return tflops * 1e12
+    return matmul_flops(default_device(config.engine.device), getattr(torch, config.model.dtype))
 
 
 def _kept(walked: Walk, config: Config) -> float:

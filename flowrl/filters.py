@@ -65,7 +65,7 @@ def band(
     """
     _check(low < high, f"low={low}, high={high}: low is less than high")
     values = rewards if of == "reward" else _fact(facts, of).where(rewards.isfinite(), torch.nan)
-    return _of_groups(values, group, lambda r: len(r) > 0 and low < _mean(r) < high)
+    return _of_groups(values, group, lambda r: low < _mean(r) < high)
 
 
 def std_band(rewards: Tensor, group: Tensor, low: float = 0.0, high: float = math.inf) -> Tensor:
@@ -409,9 +409,9 @@ class Refill:
 
 
 def _groups(rewards: Tensor, group: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(number, places of its samples with a verdict) of each group, in rising order."""
+    """(number, places of its samples with a verdict) of each group that has one, in rising order."""
     judged = rewards.isfinite()
-    for name in torch.unique(group).tolist():
+    for name in torch.unique(group[judged]).tolist():
         yield name, torch.nonzero((group == name) & judged).flatten()
 
 
@@ -432,7 +432,9 @@ def _mean(values: Tensor) -> float:
 
 
 def _std(values: Tensor) -> float:
-    return float(values.sort().values.std(correction=0))
+    """The same for the std; that of equal values is 0, not what rounding their mean leaves."""
+    values = values.sort().values
+    return float((values - values[0]).std(correction=0))
 
 
 def _floor(value: float) -> int:

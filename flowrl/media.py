@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from flowrl import tiny
 from flowrl.algorithms.schedule import plans_of
 from flowrl.collect import (
     Conditions,
     Geometry,
+    Guidance,
     StoredSamples,
     check_sources,
     check_stored,
@@ -26,28 +28,37 @@ from flowrl.collect import (
 from flowrl.config import Config, ModelConfig, media_problems, stored_per_prompt
 from flowrl.configfile import Key
 from flowrl.costs import describe, expected_cost
-from flowrl.data import fingerprint, load_prompts
+from flowrl.data import BUILT_IN, BUILT_IN_VIDEO, fingerprint, load_prompts
 from flowrl.engine import Engine
 from flowrl.evaluate import Evaluation, evaluate, evaluation_prompts
 from flowrl.memory import explained, fit, loading_options
 from flowrl.models.pipeline import ModelError, load
 from flowrl.policy import Policy, load_weights
 from flowrl.record import Recorder
+from flowrl.replay import Replayed
 from flowrl.report import save_grid
 from flowrl.resolve import resolve
 from flowrl.rollouts import write_rollout
-from flowrl.types import AnyBatch, Batch, Prompt
-from rewards import HubResult, RewardHub
+from flowrl.types import AnyBatch, Batch, Prompt, TokenBatch, Tokens
+from flowrl.weights import FORMATS, Format
+from rewards import HubResult, RewardHub, catalogue
 from rewards.combine import Rule
 from rewards.types import RewardError
 from samplers import Plan, Trajectory
 
+LARGEST_SIDE = 256
+"""Pixels; a model that generates larger pictures is tried with this."""
+MOST_FRAMES = 9
+"""A multiple of 8 and one more, which suits every video family."""
 MEMORY_SHARE = 0.5
 """Share of the free memory that the graphs of a single-pass update may take where nobody asked for it."""
 
 
 class MediaActor:
     """`flowrl.actor.Actor` of a generator in flow coordinates."""
+
+    denoises = True
+    guide: Guidance | None = None
 
     def __init__(self, config: Config, algorithm: Any, engine: Engine) -> None:
         self.config, self.algorithm, self.engine = config, algorithm, engine
@@ -75,6 +86,50 @@ class MediaActor:
         """What is wrong with a config before weights are loaded."""
         return media_problems(config)
 
+    @staticmethod
+    def notes(config: Config) -> Iterator[str]:
+        """Weights, packages and programs that rewards lack here."""
+        for entry in (*config.rewards, *config.eval_rewards):
+            for _, mend in catalogue.describe(entry.use, entry.options).obstacles:
+                yield f"reward {entry.use!r} cannot run here yet: {mend}"
+
+    @staticmethod
+    def small(config: Config) -> dict[str, Any]:
+        """Few steps, and sides and frames that any machine can take.
+
+        Sides above 256 pixels, and those that a hub's model chooses itself, become 256. A tiny pipeline has a size,
+        frames, prompt length and precision of its own.
+        """
+        steps = {"data.evaluation.num_steps": min(4, config.data.evaluation.num_steps)}
+        if not config.model.path.startswith(tiny.PREFIX):
+            return steps | {f"model.{key}": value for key, value in _small_size(config.model).items()}
+        own = ("height", "width", "frames", "max_sequence_length")
+        return steps | {f"model.{key}": "null" for key in own} | {"model.dtype": "float32"}
+
+    @staticmethod
+    def forms(config: Config) -> tuple[str, ...]:
+        """Those of `flowrl.weights`."""
+        return FORMATS
+
+    @staticmethod
+    def forecast(
+        config: Config, devices: int, tflops: float | None, memory: float | None
+    ) -> tuple[list[tuple[str, str]], list[str]]:
+        """From a pipeline without weights, walked once (`flowrl.estimate`)."""
+        from flowrl import estimate
+
+        algorithm, data = config.algorithm.build(), config.data
+        model = estimate.sketch(config)
+        check_sources(model, load_prompts(data.prompts, "train"))
+        policy = Policy(model, lora=config.model.lora and config.model.lora.model_dump())
+        size = geometry_of(config, model)
+        times = model.times(algorithm.num_steps, size.height, size.width, size.frames)
+        plans = plans_of(algorithm, times, 0, data.samples_per_prompt, config.seed)
+        speed = estimate.speed_of(config, tflops)
+        cost = expected_cost(config, algorithm, plans)
+        told = describe(config, algorithm, plans, trainable=policy.num_trainable, world=devices)
+        return told, estimate.lines(config, policy, cost, devices, speed, memory)
+
     @property
     def held_out(self) -> dict[str, Rule]:
         """Rewards that are only watched."""
@@ -88,8 +143,7 @@ class MediaActor:
         """The pipeline, its policy, and what decodes and scores with gradients where the method asks."""
         config, needs = self.config, self.algorithm.needs
         with explained(config, "loading"):
-            self.policy: Policy = self._build_policy()
-        self.geometry = geometry_of(config, self.policy.model)
+            self._take(self._build_policy())
         check_sources(self.policy.model, [*self.prompts, *self.eval_prompts])
         self.stored = StoredSamples(policy=self.policy, geometry=self.geometry) if self._from_disk else None
         """Where samples come from instead of a rollout."""
@@ -99,7 +153,31 @@ class MediaActor:
 
             self.critic = Critic(self.policy, self.hub, decode_batch=config.model.decode_micro_batch)
             self.critic.fps = self.geometry.fps
-        self.conditions = Conditions(encode=self.policy.encode, device=self.policy.device)
+
+    def load_finished(self, weights: Path | None) -> None:
+        """The pipeline, frozen, with exported weights or without."""
+        self._take(self._finished(weights, load_model(self.config, self.engine.device)))
+
+    def load_checkpoint(self, state: Mapping[str, Tensor]) -> None:
+        """The policy of a checkpoint, without its critic, teachers and old policy."""
+        config = self.config
+        policy = Policy(
+            load_model(config), lora=config.model.lora and config.model.lora.model_dump(),
+            guidance=config.model.guidance, ema_decay=config.optimizer.ema_decay,
+        )  # fmt: skip
+        policy.load_state_dict(state)
+        self._take(policy)
+
+    def _take(self, policy: Policy) -> None:
+        self.policy = policy
+        self.geometry = geometry_of(self.config, policy.model)
+        self.conditions = Conditions(encode=policy.encode, device=policy.device)
+
+    def _finished(self, weights: Path | None, model: Any) -> Policy:
+        policy = Policy(model, frozen=True, guidance=self.config.model.guidance, device=self.engine.device)
+        if weights is not None:
+            load_weights(policy, weights)
+        return policy
 
     @property
     def _from_disk(self) -> bool:
@@ -186,6 +264,10 @@ class MediaActor:
         """A picture cannot be begun by its solution."""
         return []
 
+    def replayed(self, batch: TokenBatch, again: Replayed[Tokens], mine: Tensor) -> TokenBatch:
+        """Only answers are remembered; the config says so."""
+        raise NotImplementedError("data.replay is for models that write")
+
     def record(self, folder: Path, iteration: int, batch: AnyBatch, result: HubResult) -> None:
         """The first groups as a sheet of pictures, and a line each."""
         assert isinstance(batch, Batch)
@@ -198,25 +280,26 @@ class MediaActor:
         settings = self.config.data.evaluation
         return evaluate(
             self.policy, self.eval_prompts, self.hub, self.conditions, self.geometry, num_steps=settings.num_steps,
-            seed=settings.seed, measures=self.measures, batch=settings.batch_size, held_out=self._held_out,
+            seed=settings.seed, measures=self.measures, batch=settings.batch_size, guide=self.guide,
+            held_out=self._held_out,
         )  # fmt: skip
 
     def show(self, found: Evaluation, path: Path) -> None:
         """A grid of pictures above their prompts; of videos it moves."""
         save_grid(found, path, self.config.data.evaluation.grid_prompts, fps=self.geometry.fps)
 
-    def export(self, folder: Path) -> str:
+    def export(self, folder: Path, *, form: str | None = None, averaged: bool = True) -> str:
         """Weights, with the steps and the size of the evaluations and their first sample as an example."""
         example = example_of(self.policy, self.eval_prompts, self.geometry, self.config.data.evaluation.seed)
-        self.policy.export(folder, inference=inference_settings(self.config), example=example)
+        self.policy.export(
+            folder, averaged=averaged, inference=inference_settings(self.config), example=example,
+            form=cast(Format, form or FORMATS[0]),
+        )  # fmt: skip
         return "for diffusers"
 
     def check_export(self, folder: Path) -> None:
         """Load them into a model of their own, and draw the first held-out prompt."""
-        policy = Policy(
-            load_model(self.config), frozen=True, guidance=self.config.model.guidance, device=self.engine.device
-        )
-        load_weights(policy, folder)
+        policy = self._finished(folder, load_model(self.config))
         conditions = Conditions(encode=policy.encode, device=policy.device)
         media = sample(policy, self.eval_prompts[:1], [0], conditions, self.geometry, num_steps=2, seed=0)
         if not bool(media.isfinite().all()):
@@ -272,6 +355,13 @@ def _held_out(config: Config, trained: RewardHub, device: Any) -> RewardHub | No
             f"rewards and eval_rewards both have scores called {', '.join(both)}; give those of eval_rewards a `name:`"
         )
     return hub
+
+
+def _small_size(section: ModelConfig) -> dict[str, int]:
+    inside = section.path in (BUILT_IN, BUILT_IN_VIDEO)
+    sides = {side: getattr(section, side) or (0 if inside else LARGEST_SIDE + 1) for side in ("height", "width")}
+    large = {side: LARGEST_SIDE for side, pixels in sides.items() if pixels > LARGEST_SIDE}
+    return large | ({"frames": MOST_FRAMES} if (section.frames or 1) > MOST_FRAMES else {})
 
 
 def options_of(section: ModelConfig) -> dict[str, Any]:

@@ -199,11 +199,12 @@ def capacity(version: int, accepted: int, running: int, batch: int, max_stalenes
     """How many more samples may be started, so that none is used too late (AReaL, arXiv:2505.24298).
 
     `accepted` samples are done and kept, from the first on, `running` ones are on their way, and each of the `version`
-    updates so far took `batch` of them. Then
+    updates so far took `batch` of them. With
 
         accepted + running <= (max_staleness + version + 1) batch
 
-    and a sample is at most `max_staleness` updates older than the policy that trains on it. 0 where the bound is met.
+    samples that are used in the order of their start are at most `max_staleness` updates older than the policy that
+    trains on them. 0 where no more may be started.
     """
     return max(0, (max_staleness + version + 1) * batch - accepted - running)
 

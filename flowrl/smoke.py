@@ -16,13 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flowrl import tiny
 from flowrl.config import Config, ConfigError, load_config
+from flowrl.resolve import resolve
 
-LARGEST_SIDE = 256
-"""Pixels; a model that generates larger pictures is tried with this."""
-MOST_FRAMES = 9
-"""A multiple of 8 and one more, which suits every video family."""
 GROUPS = (2, 3, 4, 6, 8, 9, 12, 16, 24, 32)
 """Sizes of a group that are tried, smallest first: a method with trees takes only some."""
 
@@ -30,32 +26,18 @@ GROUPS = (2, 3, 4, 6, 8, 9, 12, 16, 24, 32)
 def small(config: Config) -> list[str]:
     """Overrides that make a config's run tiny; the smallest groups and prompts that its method allows are to be found.
 
-    Sides above 256 pixels, and those that a hub's model chooses itself, become 256. A tiny pipeline in the place of the
-    config's model has a size, frames, prompt length and precision of its own.
+    What makes a sample cheap is the actor's to say (`flowrl.actor.Actor.small`).
     """
-    model, data = config.model, config.data
+    data = config.data
     found = {
         "iterations": 2, "checkpoint_every": 1, "evaluate_every": 2, "optimizer.schedule": "constant",
         "optimizer.warmup": 0, "optimizer.min_lr_ratio": 0.0,
         "optimizer.updates_per_iteration": min(2, config.optimizer.updates_per_iteration),
         "data.evaluation.num_samples": 2, "data.evaluation.batch_size": 2,
-        "data.evaluation.num_steps": min(4, data.evaluation.num_steps),
         "data.evaluation.grid_prompts": min(2, data.evaluation.grid_prompts), "log.rollouts_every": 1,
     }  # fmt: skip
-    if model.path.startswith(tiny.PREFIX):
-        found |= {f"model.{key}": "null" for key in ("height", "width", "frames", "max_sequence_length")}
-        found["model.dtype"] = "float32"
-    else:
-        found |= {f"model.{key}": value for key, value in _sizes(config).items()}
+    found |= resolve(config.actor, "flowrl").small(config)
     return [f"{key}={value}" for key, value in found.items()]
-
-
-def _sizes(config: Config) -> dict[str, int]:
-    model = config.model
-    inside = model.path in ("shapes", "shapes_video")
-    sides = {side: getattr(model, side) or (0 if inside else LARGEST_SIDE + 1) for side in ("height", "width")}
-    large = {side: LARGEST_SIDE for side, pixels in sides.items() if pixels > LARGEST_SIDE}
-    return large | ({"frames": MOST_FRAMES} if (model.frames or 1) > MOST_FRAMES else {})
 
 
 def smallest(path: str | Path, overrides: Sequence[str]) -> Config:

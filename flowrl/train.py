@@ -40,10 +40,11 @@ from flowrl.history import PromptHistory
 from flowrl.log import RunLog, plain, write_atomic
 from flowrl.memory import explained
 from flowrl.metrics import PhaseTimer
+from flowrl.replay import ReplayBuffer, answers, gathered
 from flowrl.report import headline, table_lines, write_report
 from flowrl.resolve import resolve
 from flowrl.rollouts import forget_after
-from flowrl.types import AnyBatch, Prompt
+from flowrl.types import AnyBatch, Prompt, TokenBatch
 from flowrl.update import Updater, deal, learning_rate_factor
 from rewards import HubResult
 from rewards.combine import Rule, normalised
@@ -127,9 +128,10 @@ class Trainer:
         self.sampler = PromptSampler(
             actor.prompts, data.prompts_per_iteration, config.seed, data.balance, data.together
         )
-        self.history = PromptHistory(data.history, len(actor.prompts))
+        self.history = PromptHistory(data.history, len(actor.prompts), data.passing)
         self.curriculum = curriculum(data.curriculum) if data.curriculum else None
-        self.filters = build([entry.entry() for entry in data.filters]) if data.filters else None
+        self.filters = build([entry.entry() for entry in data.filters], data.passing) if data.filters else None
+        self.replay = ReplayBuffer(data.replay.size, data.replay.max_age, answers) if data.replay else None
         self._prompts_of(0, 0)  # refuses a curriculum's weights before anything is loaded
         self.identity = identity(config) | {
             "data.prompts (contents)": actor.fingerprint(actor.prompts),
@@ -222,6 +224,8 @@ class Trainer:
                 batch, found.slots, len(prompts), per_prompt, self.updater.updates, key,
                 needs.whole_samples or needs.whole_groups,
             )  # fmt: skip
+            if self.replay is not None:
+                batch, update_of = self._with_replay(batch, update_of, found)
             with explained(config, "update"):
                 metrics = self.updater.run(batch, update_of)
             self._check_ratio(metrics.get("ratio_first_update", 0.0))
@@ -300,6 +304,25 @@ class Trainer:
     def _groups_kept(self, found: Try, iteration: int) -> int:
         kept = self._kept(found, iteration)
         return len(found.prompts) if kept is None else len(kept.groups)
+
+    def _with_replay(self, batch: AnyBatch, update_of: Tensor, found: Try) -> tuple[AnyBatch, Tensor]:
+        """With answers of earlier iterations in the places of those that teach nothing; then the new ones are kept."""
+        assert self.replay is not None and isinstance(batch, TokenBatch) and batch.place is not None
+        assert batch.advantages is not None and batch.advantages.dim() == 1
+        size, iteration = len(found.table), batch.iteration
+        worth = torch.zeros(size, dtype=torch.float64)
+        worth[batch.place] = batch.advantages.double()
+        worth = self.engine.sum(worth)
+        again = self.replay.draw(int((worth == 0).sum()), iteration, self.config.seed)
+        rows = gathered(batch.tokens, batch.place, size, self.engine.sum)
+        per_prompt = self.config.data.samples_per_prompt
+        ids = torch.tensor([prompt.id for prompt in found.prompts]).repeat_interleave(per_prompt)
+        self.replay.add(rows, worth, ids, iteration)
+        if again is None:
+            return batch, update_of
+        mine = torch.arange(self.engine.rank, len(again.prompts), self.engine.world)
+        more = self.actor.replayed(batch, again, mine)
+        return more, torch.cat([update_of, mine % self.updater.updates])
 
     def _revived(self, last: Try, iteration: int) -> list[Prompt]:
         """Prompts of the last try whose samples were all wrong, made easier."""
@@ -538,6 +561,8 @@ class Trainer:
         tensors |= {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
         tensors |= {f"history.{k}": v for k, v in self.history.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        if self.replay is not None:
+            tensors |= {f"replay.{k}": v for k, v in self.replay.state_dict().items()}
         meta = {
             "optimizer": optimizer, "skipped": self.updater.skipped,
             "evaluations": self.evaluations, "seconds": self.seconds, "identity": self.identity,
@@ -558,7 +583,9 @@ class Trainer:
 
     def _take_up(self, state: Checkpoint) -> None:
         """Go on from a checkpoint."""
-        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in ("policy", "optimizer", "history", "best")}
+        tensors: dict[str, dict[str, Tensor]] = {
+            name: {} for name in ("policy", "optimizer", "history", "best", "replay")
+        }
         for key, tensor in state.tensors.items():
             part, _, rest = key.partition(".")
             tensors[part][rest] = tensor
@@ -566,6 +593,8 @@ class Trainer:
         restore_optimizer(self.optimizer, tensors["optimizer"], state.meta["optimizer"])
         self.history.load_state_dict(tensors["history"])
         self.best = tensors["best"]
+        if self.replay is not None:
+            self.replay.load_state_dict(tensors["replay"])
         self.iteration = self.saved = state.iteration
         self.updater.skipped = state.meta["skipped"]
         self.evaluations, self.seconds = state.meta["evaluations"], state.meta["seconds"]

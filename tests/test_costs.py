@@ -134,7 +134,7 @@ def test_every_method_costs_what_is_announced(trainer, path, update):
         "optimizer.update": update, "model.family": family,
         "rewards": [{"use": "shapes_clip" if given["name"] == "srpo" else "pixel.brightness"}],
     })  # fmt: skip
-    plans = plans_of(run.algorithm, run._times(), 1, 16, run.config.seed)
+    plans = plans_of(run.algorithm, run.actor.times, 1, 16, run.config.seed)
     expected = expected_cost(run.config, run.algorithm, plans, 1)
     run.step(0)
     row = run.step(1)

@@ -119,6 +119,11 @@ def test_a_band_of_stds(seed):
         assert groups_of(f.std_band(rewards, group, low, high), group) == wanted
 
 
+def test_equal_rewards_have_no_std():
+    rewards, group = table({0: [0.1] * 12, 1: [0.1, 0.2]})  # in float64 numpy's std of the first is 1.4e-17
+    assert groups_of(f.std_band(rewards, group), group) == {1}
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
 def test_the_groups_with_the_largest_std(seed, share):

@@ -21,15 +21,20 @@ def filled(size=8, num_prompts=10, iterations=12, group=3):
     for iteration in range(iterations):
         for prompt in (7, iteration % 4, 23):
             history.add(prompt, torch.rand(group, generator=generator, dtype=torch.float64), iteration)
+        history.add(8, torch.full((group,), float(iteration % 5 > 1)), iteration)
     history.add(9, tensor(math.nan, math.nan), iterations)
     return history
 
 
 def told(history):
     """Everything that can be asked, NaN as text so that it equals itself."""
-    asked = (history.seen, history.last, history.mean, history.spread, history.group_variance)
+    asked = (
+        history.seen, history.last, history.mean, history.spread, history.group_variance, history.pass_rate,
+        history.rated, history.streak,
+    )  # fmt: skip
     numbers = [[str(ask(i)) for ask in asked] for i in range(history.num_prompts)]
-    return numbers, [(history.rewards(i).tolist(), history.groups(i).tolist()) for i in range(history.num_prompts)]
+    kept = [(history.rewards(i).tolist(), history.groups(i).tolist()) for i in range(history.num_prompts)]
+    return numbers, kept, history.outcomes().tolist()
 
 
 def test_it_keeps_the_newest_rewards_in_their_order():
@@ -123,6 +128,80 @@ def test_what_it_hands_out_cannot_change_it():
     assert history.rewards(0).tolist() == [1, 2]
 
 
+# ------------------------------------------------------------------------------------------------ passing
+
+
+def past(*groups, passing=0.5):
+    """A history of one prompt that saw these groups, one an iteration."""
+    history = PromptHistory(4, 1, passing)
+    for iteration, group in enumerate(groups):
+        history.add(0, tensor(*group), iteration)
+    return history
+
+
+def test_the_pass_rate_follows_the_groups():
+    """By hand: shares 1/2, 1, 0 give 0.5, then (0.5 + 1) / 2 = 0.75, then 0.375; without a verdict it stays."""
+    groups = [(1, 0), (0.5, 0.9, 2), (math.nan, math.nan), (0.49, 0)]
+    assert [past(*groups[:n]).pass_rate(0) for n in range(1, 5)] == [0.5, 0.75, 0.75, 0.375]
+    assert [past(*groups[:n]).rated(0) for n in range(1, 5)] == [1, 2, 2, 3]
+    assert past(*groups, passing=0.4).pass_rate(0) == 0.5 * (0.5 * 0.5 + 0.5) + 0.5 * 0.5
+
+
+def test_the_pass_rate_is_a_sum_over_all_groups():
+    """In closed form: 2^-n p_0 + sum_i 2^-(n-i+1) p_i, long after the rewards themselves are forgotten."""
+    generator = torch.Generator().manual_seed(0)
+    shares = (torch.randint(0, 9, (20,), generator=generator) / 8).tolist()
+    history = PromptHistory(0, 1)
+    for iteration, share in enumerate(shares):
+        history.add(0, (torch.arange(8) < 8 * share).double(), iteration)
+    first, *rest = shares
+    n = len(rest)
+    wanted = first / 2**n + sum(p / 2 ** (n - i) for i, p in enumerate(rest))
+    assert history.pass_rate(0) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_nothing_is_known_before_the_first_verdict():
+    history = past((math.nan, math.nan))
+    assert math.isnan(history.pass_rate(0)) and history.rated(0) == 0 and history.seen(0) == 1
+    assert PromptHistory(4, 3).streak(2) == 0 and math.isnan(PromptHistory(4, 3).pass_rate(2))
+
+
+@pytest.mark.parametrize(
+    ("groups", "streak"),
+    [
+        ([(1, 1)], 1),
+        ([(1, 1), (1, 1, 1), (0.9, 0.9)], 3),
+        ([(0, 0), (0, 0)], -2),
+        ([(0, 0), (0, 0), (1, 1)], 1),
+        ([(1, 1), (0, 0)], -1),
+        ([(1, 1), (1, 0)], 0),
+        ([(1, 1), (1, 0), (1, 1)], 1),
+        ([(1, 1), (1,), (math.nan, 0), (1, 1)], 2),  # one verdict tells nothing
+        ([(0.1, 0.1), (0.2, 0.2)], -2),
+        ([(0.3, 0.3 + 1e-8)], -1),
+        ([(0.3, 0.3 + 1e-4)], 0),
+    ],
+)
+def test_a_streak_is_of_groups_that_were_all_alike(groups, streak):
+    assert past(*groups).streak(0) == streak
+
+
+def test_float32_rewards_that_are_equal_are_alike():
+    history = PromptHistory(8, 1)
+    history.add(0, torch.full((12,), 0.7), 0)
+    assert history.streak(0) == 1
+
+
+def test_outcomes_count_the_groups_of_each_iteration():
+    history = PromptHistory(4, 10)
+    groups = {0: [(1, 1), (0, 1), (0, 0), (0.2, 0.2)], 3: [(math.nan, 1)], 4: [(1, 1), (1, 1), (0, 0), (1, 0)]}
+    for iteration, rewards in groups.items():
+        for prompt, group in enumerate(rewards):
+            history.add(prompt, tensor(*group), iteration)
+    assert history.outcomes().tolist() == [[0, 4, 1, 2], [4, 4, 2, 1]]
+    assert PromptHistory(4, 1).outcomes().shape == (0, 4)
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
@@ -133,6 +212,7 @@ def test_a_checkpoint_gives_back_every_bit(tmp_path, size):
     again = PromptHistory(size, 10)
     again.load_state_dict(checkpoint.latest_valid(tmp_path).tensors)
     assert told(again) == told(history)
+    assert history.streak(8) and 0 < history.pass_rate(8) < 1
     for one in (history, again):  # and both go on alike
         one.add(7, tensor(0.1, 0.2, 0.3), 13)
         one.add(5, tensor(0.5), 13)

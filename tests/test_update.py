@@ -281,6 +281,9 @@ class Poisoned:
     def __init__(self, algorithm, bad):
         self.algorithm, self.bad, self.calls = algorithm, bad, 0
 
+    def __getattr__(self, name):
+        return getattr(self.algorithm, name)
+
     def loss(self, policy, batch):
         self.calls += 1
         value, metrics = self.algorithm.loss(policy, batch)

@@ -65,9 +65,10 @@ def group_advantages(
 
     `mean` may be that of the whole batch instead, or none. `std` is taken over the group, over all samples around their
     common mean ("global"), or left out ("none", Dr.GRPO, arXiv:2503.20783); a std below `std_floor` counts as that. The
-    baseline "leave_one_out" subtracts the mean of the other members (RLOO, arXiv:2402.14740). `clip` cuts A to [-clip, clip]. A group is dead, with
-    A = 0, when it has fewer than two verdicts or when its own std is at most 1e-6 max(1, max |r|), whichever std is
-    divided by; where its mean is not subtracted, only if that std is divided by, or all rewards of the batch agree.
+    baseline "leave_one_out" subtracts the mean of the other members (RLOO, arXiv:2402.14740). `clip` cuts A to
+    [-clip, clip]. A group is dead, with A = 0, when it has fewer than two verdicts or when its own std is at most
+    1e-6 max(1, max |r|), whichever std is divided by; where its mean is not subtracted, only if that std is divided by,
+    or all rewards of the batch agree.
     Raises ValueError for an unknown mean, std or baseline.
     Note: rewards on a scale below 1e-6 are therefore all dead (zero_std_frac = 1): scale them up.
     """
@@ -138,7 +139,7 @@ def combined_advantages(
     live = torch.stack([part.live for part in parts.values()]).any(0)
     if how == "gdpo":
         # eps belongs to the sum before it is divided by norm.
-        value = _standardised(value, valid & _of_live_group(group, live), valid, eps / norm, unbiased)
+        value = _standardised(value, valid & of_live_group(group, live), valid, eps / norm, unbiased)
     return Advantages(_cut(value, clip), valid, live)
 
 
@@ -227,7 +228,7 @@ def undiluted(found: Advantages, group: Tensor) -> Advantages:
 
     Dead groups then do not shrink the mean over the batch.
     """
-    counted = found.valid & _of_live_group(group, found.live)
+    counted = found.valid & of_live_group(group, found.live)
     return found._replace(value=found.value * (found.valid.sum() / counted.sum().clamp(min=1)).double())
 
 
@@ -513,7 +514,7 @@ def _standardised(value: Tensor, kept: Tensor, valid: Tensor, eps: float, unbias
     return torch.where(kept & differ, (value - mean) / (spread + eps), 0.0)
 
 
-def _of_live_group(group: Tensor, live: Tensor) -> Tensor:
+def of_live_group(group: Tensor, live: Tensor) -> Tensor:
     """Samples [B] whose group is live [G]."""
     return live[torch.unique(group.to(live.device), return_inverse=True)[1]]
 

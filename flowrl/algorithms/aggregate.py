@@ -87,8 +87,8 @@ def check_horizon(mode: Mode, horizon: int | None) -> None:
     """Refuse (ValueError) the one mean that divides by a constant without one, and the others with one."""
     if (mode == "seq_mean_token_sum_norm") != (horizon is not None):
         raise ValueError(
-            f"aggregate={mode} with horizon={horizon}: set algorithm.horizon, the tokens that each answer's sum is divided "
-            "by (the longest answer allowed, say), for seq_mean_token_sum_norm, and for no other."
+            f"aggregate={mode} with horizon={horizon}: set algorithm.horizon, the tokens that each answer's sum is "
+            "divided by (the longest answer allowed, say), for seq_mean_token_sum_norm, and for no other."
         )
 
 

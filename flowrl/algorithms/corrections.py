@@ -75,7 +75,7 @@ def off_policy_sequences(log_ratio: Tensor, mask: Tensor, advantages: Tensor, de
 
 
 def proximal_logprob(behaviour: Tensor, current: Tensor, version: int, behaved: int, now: int) -> Tensor:
-    """log pi of a version between the one that wrote the answers and today's, without a forward (an approximation of AReaL).
+    """log pi of a version between the one that wrote the answers and today's, without asking either (AReaL).
 
     Log-linear: (1 - alpha) log mu + alpha log pi, alpha = (version - behaved) / (now - behaved). It stands for pi_old
     in decoupled PPO (arXiv:2505.24298): ratio pi / pi_old, weight pi_old / mu by `importance_weights`. Detached.

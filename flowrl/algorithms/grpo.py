@@ -16,11 +16,11 @@ from torch import Tensor
 
 from flowrl.algorithms import token_fields as fields
 from flowrl.algorithms.advantages import Advantages, batch_advantages
-from flowrl.algorithms.token_policy_gradient import TokenPolicyGradient
+from flowrl.algorithms.token_policy_gradient import AnswerCredit
 from flowrl.types import Needs, TokenBatch
 
 
-class GRPO(TokenPolicyGradient):
+class GRPO(AnswerCredit):
     """GRPO (arXiv:2402.03300) for answers; mean, std, objective and aggregate make most of its relatives out of it.
 
     Note: the paper holds the policy at the initial weights with kl_coef 0.04; for models that see, GLM-4.1V

@@ -184,7 +184,7 @@ def sapo(edges: Edges, limits: Limits) -> Surrogate:
 
     tau is tau_pos where A > 0, else tau_neg: closing faster there keeps unlikely tokens from being pushed up.
     """
-    tau = torch.where(edges.advantages > 0, limits.tau_pos, limits.tau_neg)
+    tau = torch.full_like(edges.advantages, limits.tau_neg).masked_fill(edges.advantages > 0, limits.tau_pos)
     ratio = _ratio(edges.log_ratio)
     # sigmoid(x) - 1 / 2 = tanh(x / 2) / 2, which is exactly 0 at r = 1.
     gate = 2 / tau * (tau * (ratio - 1) / 2).tanh()

@@ -10,12 +10,12 @@
 from typing import Annotated
 
 from pydantic import Field
+from torch import Tensor
 
 from flowrl.algorithms import token_fields as fields
 from flowrl.algorithms.advantages import Advantages
 from flowrl.algorithms.grpo import GRPO
 from flowrl.types import TokenBatch
-from torch import Tensor
 
 
 class OPMD(GRPO):
@@ -27,7 +27,9 @@ class OPMD(GRPO):
     std: fields.AdvStd = "none"
     objective: fields.ObjectiveName = "reinforce"
     aggregate: fields.Aggregate = "token_mean"
-    tau: Annotated[float, Field(description="Strength of what holds the policy where it was; it divides A.", ge=0)] = 1.0
+    tau: Annotated[float, Field(description="Strength of what holds the policy where it was; it divides A.", ge=0)] = (
+        1.0
+    )
 
     def advantages(self, batch: TokenBatch, rewards: Tensor) -> Advantages:
         """Those of the group, divided by 1 + tau."""

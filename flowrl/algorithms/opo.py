@@ -10,11 +10,11 @@ from torch import Tensor
 
 from flowrl.algorithms import token_fields as fields
 from flowrl.algorithms.advantages import Advantages, length_weighted
-from flowrl.algorithms.token_policy_gradient import TokenPolicyGradient, fact
+from flowrl.algorithms.token_policy_gradient import AnswerCredit, fact
 from flowrl.types import TokenBatch
 
 
-class OPO(TokenPolicyGradient):
+class OPO(AnswerCredit):
     """OPO (arXiv:2505.23585): rewards less their mean weighted by length.
 
     Note: the loss has no ratio, so that it wants one update an iteration; for more, set objective=clip.

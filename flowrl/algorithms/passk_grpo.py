@@ -14,11 +14,11 @@ from torch import Tensor
 
 from flowrl.algorithms import token_fields as fields
 from flowrl.algorithms.advantages import Advantages, best_only, pass_at_k
-from flowrl.algorithms.token_policy_gradient import TokenPolicyGradient
+from flowrl.algorithms.token_policy_gradient import AnswerCredit
 from flowrl.types import TokenBatch
 
 
-class PassKGRPO(TokenPolicyGradient):
+class PassKGRPO(AnswerCredit):
     """Pass@k training (arXiv:2508.10751): answers are worth what they add to a set of k, which keeps them different.
 
     Without k, only the best answer of a group has an advantage, its lead over the second (arXiv:2503.19595).
@@ -27,7 +27,8 @@ class PassKGRPO(TokenPolicyGradient):
     clip_range: fields.ClipRange = (0.2, 0.28)
     aggregate: fields.Aggregate = "token_mean"
     k: Annotated[
-        fields.Count | None, Field(description="Answers of which one must be right; null: the best of the group alone.")
+        int | None,
+        Field(description="Answers of which one must be right; null: the best of the group alone.", ge=1),
     ] = 4
     right: Annotated[float, Field(description="Rewards from which an answer is right; only with k.")] = 0.5
     adv_eps: fields.AdvEps = 1e-6

@@ -10,7 +10,6 @@ from abc import abstractmethod
 from typing import Annotated, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from flowrl.algorithms.matching import (
     velocities,
 )
 from flowrl.algorithms.pairing import How, choose
+from flowrl.algorithms.preference_terms import dpo, log_odds
 from flowrl.algorithms.schedule import check_group_size
 from flowrl.types import Batch, Draws, Loss, Needs, Policy
 from samplers import Plan, stable_seed
@@ -45,8 +45,17 @@ class Comparison(NamedTuple):
     """mean_d (u - v)^2 of the trained policy, with its graph, [N]."""
     gap: Tensor
     """The same minus that of the reference: negative where the policy has come closer to the sample, [N]."""
-    logit: Tensor
-    """-(beta_t / 2) (gap_w - gap_l), the log-odds of the preference; equal in both rows of a pair, [N]."""
+    chosen: Tensor
+    """-gap_w / 2, which stands for the log-ratio of the chosen sample; equal in both rows of a pair, [N]."""
+    rejected: Tensor
+    """The same of the rejected one, [N]."""
+    beta: Tensor
+    """beta_t [N]."""
+
+    @property
+    def logit(self) -> Tensor:
+        """-(beta_t / 2) (gap_w - gap_l), the log-odds of the preference; equal in both rows of a pair, [N]."""
+        return log_odds(self.chosen, self.rejected, self.beta)
 
 
 class Preference(Matching):
@@ -155,7 +164,10 @@ class Preference(Matching):
         assert before is not None
         error = mean_square(v.current - at.target)
         gap = error - mean_square(before - at.target)
-        return Comparison(error, gap, -self.strength(at.t) / 2 * unit_sum(batch.advantages * gap, batch.draws.unit))
+        chosen, rejected = (
+            -unit_sum(side.clamp(min=0) * gap, batch.draws.unit) / 2 for side in (batch.advantages, -batch.advantages)
+        )
+        return Comparison(error, gap, chosen, rejected, self.strength(at.t))
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         """Mean over the pairs of -log sigmoid(logit), plus `anchor` times the flow-matching loss of the better samples.
@@ -166,7 +178,7 @@ class Preference(Matching):
         if self._imitates(batch.iteration):
             return self._imitate(policy, batch)
         found = self.compare(policy, batch)
-        loss = -F.logsigmoid(found.logit)
+        loss = dpo(found.chosen, found.rejected, found.beta)
         metrics = {"policy_loss": loss.detach().mean()} | self._watch(batch, found)
         if self.anchor > 0:
             assert batch.rewards is not None and batch.draws is not None

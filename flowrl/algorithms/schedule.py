@@ -1,10 +1,11 @@
 """The parts of a plan that methods share: the time grid, the group size, one root a group or one a sample."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from flowrl.types import Algorithm, Batch
+from flowrl.types import Algorithm, AnyBatch, TokenBatch
 from samplers import Plan, all_steps, random_window, shifted_times
 
 
@@ -43,11 +44,12 @@ def plans_of(
     return plans
 
 
-def credit_of(algorithm: Algorithm, batch: Batch) -> Tensor:
-    """The credit of a batch's rows, [E] or [N]; AlgorithmError unless it is one number or NaN for each."""
+def credit_of(algorithm: Any, batch: AnyBatch) -> Tensor:
+    """The credit of a batch's rows, [E] or [N], or of answers' tokens, [N,S]; AlgorithmError for other answers."""
     credit = algorithm.credit(batch)
     count = len(batch.rows)
-    if not isinstance(credit, Tensor) or credit.shape != (count,) or not credit.is_floating_point():
+    shapes = [(count,), tuple(batch.rows.ids.shape)] if isinstance(batch, TokenBatch) else [(count,)]
+    if not isinstance(credit, Tensor) or tuple(credit.shape) not in shapes or not credit.is_floating_point():
         raise AlgorithmError(
             f"credit() returned {_told(credit)}; return a floating tensor [{count}], one number for each "
             "of batch.rows, stored steps or draws (flowrl.algorithms.advantages.to_edges makes it from samples' "

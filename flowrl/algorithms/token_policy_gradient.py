@@ -1,7 +1,8 @@
 """What the policy-gradient methods for answers share: the hyperparameters of the loss, and the loss of their tokens.
 
-A method is a `TokenPolicyGradient` that says what each answer is worth; the objective, the mean and the penalties are
-its fields, so that any of them goes with any such worth. An edge of `flowrl.algorithms.objectives` is a token here.
+A method is a `TokenPolicyGradient` that says what each answer is worth (`AnswerCredit`), or each token
+(`TokenReturns`); objective, mean and penalties are its fields, so that any of them goes with any such worth. An edge of
+`flowrl.algorithms.objectives` is a token here.
 
 Symbols: B answers of all processes, R of this one (N in a part of it), S places.
 """
@@ -14,7 +15,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from flowrl.algorithms import token_fields as fields
-from flowrl.algorithms.advantages import Advantages, earlier_tools, sure_first
+from flowrl.algorithms.advantages import Advantages, earlier_tools, sure_first, whiten
 from flowrl.algorithms.aggregate import aggregate, mass, of_answers, share
 from flowrl.algorithms.corrections import importance_weights, off_policy_sequences, rejected, weight_metrics
 from flowrl.algorithms.kl import estimate, token_kl
@@ -42,9 +43,6 @@ class TokenPolicyGradient(Hyperparameters):
     aggregate: fields.Aggregate = "seq_mean_token_mean"
     horizon: fields.Horizon = None
     mask_truncated: fields.MaskTruncated = False
-    shaping: fields.ShapingName = None
-    shaping_coef: fields.ShapingCoef = -2.0
-    shaping_cap: fields.ShapingCap = 0.7
     kl_coef: fields.KLCoef = 0.0
     kl_form: fields.KLForm = "k3"
     kl_unbiased: fields.KLUnbiased = False
@@ -97,52 +95,22 @@ class TokenPolicyGradient(Hyperparameters):
     # ------------------------------------------------------------------------------------------------------- credit
 
     @abstractmethod
-    def advantages(self, batch: TokenBatch, rewards: Tensor) -> Advantages:
-        """What the answers of all processes are worth, [B], from their `rewards` [B]."""
-
     def credit(self, batch: TokenBatch) -> Tensor:
-        """Advantages [R] of this process's answers, fp32; NaN where there is no verdict, or no training (`trained`)."""
-        rewards = self.penalised(batch)
-        found = self.advantages(batch, rewards)
-        return self.trained(batch, self._shaped(batch, found.value), found.valid)
+        """What this process's answers are worth, [R], or their tokens, [R,S]; see `flowrl.types.Algorithm`."""
 
-    def penalised(self, batch: TokenBatch) -> Tensor:
-        """Rewards [B] of all answers, less kl_in_reward times their sum of log pi - log ref."""
-        if batch.rewards is None or batch.place is None:
-            raise ValueError("credit needs batch.rewards and batch.place; score the answers first.")
-        rewards = batch.rewards.detach().cpu().double()
-        if self.kl_in_reward == 0:
-            return rewards
-        own = rewards.new_zeros(len(rewards)).index_add(0, batch.place.cpu(), self.reward_kl(batch).sum(1))
-        return rewards - self.kl_in_reward * batch.total(own)
+    def trained(self, batch: TokenBatch) -> Tensor:
+        """This process's answers that are trained on, bool [R]: with a verdict and a token of the policy's own.
+
+        With mask_truncated those that were cut off are not.
+        """
+        verdict = own(batch, rewards_of(batch)).isfinite() & batch.tokens.mask.any(1).cpu()
+        return verdict & ~(own(batch, fact(batch, "truncated")) > 0) if self.mask_truncated else verdict
 
     def reward_kl(self, batch: TokenBatch) -> Tensor:
         """log pi - log ref of this process's tokens as the rollout had them, float64 [R,S]; 0 off the mask."""
         if batch.reference is None:
             raise ValueError("kl_in_reward needs batch.reference; see needs.reference_logprobs.")
         return (batch.tokens.logprob - batch.reference).where(batch.tokens.mask, 0.0).cpu().double()
-
-    def trained(self, batch: TokenBatch, value: Tensor, valid: Tensor) -> Tensor:
-        """Credit [R] or [R,S] fp32 of this process's answers, out of values [B], or [R,S] of its own.
-
-        NaN for answers that are not `valid` [B], have no token of the policy's, or are truncated and masked.
-        """
-        assert batch.place is not None
-        place, mask = batch.place.cpu(), batch.tokens.mask
-        kept = valid[place] & mask.any(1).cpu()
-        if self.mask_truncated:
-            kept &= ~(fact(batch, "truncated")[place] > 0)
-        own = value[place].where(kept, torch.nan) if value.dim() == 1 else value.where(kept[:, None], torch.nan)
-        return own.to(mask.device, torch.float32)
-
-    def _shaped(self, batch: TokenBatch, value: Tensor) -> Tensor:
-        if self.shaping is None:
-            return value
-        group = batch.group.cpu()
-        if self.shaping == "entropy":
-            return sure_first(value, group, fact(batch, "entropy"))
-        places, lengths = fact(batch, "tool_position"), fact(batch, "tokens")
-        return earlier_tools(value, group, places, lengths.nan_to_num(), self.shaping_coef, self.shaping_cap)
 
     # --------------------------------------------------------------------------------------------------------- loss
 
@@ -263,6 +231,81 @@ class TokenPolicyGradient(Hyperparameters):
             low, high, trust=self.trust or fields.TV_TRUST, dual=self.dual_clip, tau_pos=self.tau_pos,
             tau_neg=self.tau_neg,
         )  # fmt: skip
+
+
+class AnswerCredit(TokenPolicyGradient):
+    """Methods that give an answer one advantage for all of its tokens, from the rewards of all answers."""
+
+    shaping: fields.ShapingName = None
+    shaping_coef: fields.ShapingCoef = -2.0
+    shaping_cap: fields.ShapingCap = 0.7
+
+    @abstractmethod
+    def advantages(self, batch: TokenBatch, rewards: Tensor) -> Advantages:
+        """What the answers of all processes are worth, [B], by their `rewards` [B]."""
+
+    def credit(self, batch: TokenBatch) -> Tensor:
+        """Advantages [R] of this process's answers, fp32; NaN where there is no verdict, or no training (`trained`)."""
+        found = self.advantages(batch, self.penalised(batch))
+        value = own(batch, self._shaped(batch, found.value))
+        return value.where(self.trained(batch), torch.nan).to(batch.tokens.mask.device, torch.float32)
+
+    def penalised(self, batch: TokenBatch) -> Tensor:
+        """Rewards [B] of all answers, less kl_in_reward times their sums of log pi - log ref."""
+        rewards = rewards_of(batch)
+        if self.kl_in_reward == 0:
+            return rewards
+        assert batch.place is not None
+        mine = rewards.new_zeros(len(rewards)).index_add(0, batch.place.cpu(), self.reward_kl(batch).sum(1))
+        return rewards - self.kl_in_reward * batch.total(mine)
+
+    def _shaped(self, batch: TokenBatch, value: Tensor) -> Tensor:
+        if self.shaping is None:
+            return value
+        group = batch.group.cpu()
+        if self.shaping == "entropy":
+            return sure_first(value, group, fact(batch, "entropy"))
+        places, lengths = fact(batch, "tool_position"), fact(batch, "tokens")
+        return earlier_tools(value, group, places, lengths.nan_to_num(), self.shaping_coef, self.shaping_cap)
+
+
+class TokenReturns(TokenPolicyGradient):
+    """Methods that give each token an advantage of its own, normalised over all tokens of the batch."""
+
+    gamma: fields.Gamma = 1.0
+
+    @abstractmethod
+    def returns(self, batch: TokenBatch, rewards: Tensor) -> Tensor:
+        """Advantages [R,S] of this process's tokens before they are normalised, by their `rewards` [R,S]."""
+
+    def credit(self, batch: TokenBatch) -> Tensor:
+        """Whitened returns [R,S] of this process's tokens, fp32; NaN for answers that are not trained on."""
+        trained = self.trained(batch)
+        rewards = self.token_rewards(batch, own(batch, rewards_of(batch)).where(trained, 0.0))
+        mask = batch.tokens.mask.cpu() & trained[:, None]
+        white = whiten(self.returns(batch, rewards), mask, batch.total)
+        return white.where(trained[:, None], torch.nan).to(batch.tokens.mask.device, torch.float32)
+
+    def token_rewards(self, batch: TokenBatch, rewards: Tensor) -> Tensor:
+        """Rewards of tokens, float64 [N,S]: an answer's own [N] at its last, less kl_in_reward (log pi - log ref)."""
+        mask = batch.tokens.mask.cpu()
+        last = mask & (mask.flip(1).long().cumsum(1).flip(1) == 1)
+        table = last * rewards.detach().cpu().double()[:, None]
+        return table - self.kl_in_reward * self.reward_kl(batch) if self.kl_in_reward > 0 else table
+
+
+def rewards_of(batch: TokenBatch) -> Tensor:
+    """Rewards of all answers, float64 [B]."""
+    if batch.rewards is None:
+        raise ValueError("credit needs batch.rewards; score the answers first.")
+    return batch.rewards.detach().cpu().double()
+
+
+def own(batch: TokenBatch, value: Tensor) -> Tensor:
+    """Of values [B] of all answers, those of this process's [R], while credit is given."""
+    if batch.place is None:
+        raise ValueError("credit needs batch.place, where this process's answers stand among all.")
+    return value[batch.place.cpu()]
 
 
 def fact(batch: TokenBatch, name: str) -> Tensor:

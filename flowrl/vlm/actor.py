@@ -6,6 +6,7 @@ The other half, `flowrl.train`, is the one that media have too: prompts, filters
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl.config import Config, curriculum_problems, folder_problems
+from flowrl.config import Config, curriculum_problems, filter_problems, folder_problems
 from flowrl.configfile import Key
 from flowrl.data import DataError, PromptSampler, fingerprint
 from flowrl.engine import Engine
 from flowrl.evaluate import Evaluation, evaluation_prompts
 from flowrl.memory import explained
 from flowrl.models.pipeline import ModelError
+from flowrl.replay import Replayed
 from flowrl.report import sheet_of, spread
 from flowrl.rollouts import write_rollout
 from flowrl.types import AnyBatch, Prompt, TokenBatch, Tokens, padded_places
@@ -95,6 +97,7 @@ class TextActor:
                 hook(data.on_dead_group)
         except ValueError as error:
             yield ("data", "on_dead_group"), str(error)
+        yield from filter_problems(config)
         yield from folder_problems(config)
 
     @property
@@ -115,7 +118,8 @@ class TextActor:
                 value_head=needs.value, attention=section.attention,
             )  # fmt: skip
             self.policy: TextPolicy = TextPolicy(
-                model, lora=None if section.lora is None else section.lora.model_dump(), reference=needs.reference, old=needs.old,
+                model, lora=None if section.lora is None else section.lora.model_dump(),
+                reference=needs.reference, old=needs.old,
                 ema_decay=self.config.optimizer.ema_decay, gradient_checkpointing=section.gradient_checkpointing,
                 temperature=self.settings.temperature, device=self.engine.device, seed=self.config.seed,
             )  # fmt: skip
@@ -126,7 +130,7 @@ class TextActor:
         data, generation, o = self.config.data, self.settings, self.config.optimizer
         asked, each, world = data.prompts_per_iteration, data.samples_per_prompt, self.engine.world
         tools = generation.tools
-        turns = f", {tools.max_turns} turns with {', '.join(tools.use)}" if tools else ""
+        turns = f", {tools.max_turns} turns with {', '.join(self.writer.tools)}" if tools else ""
         return [
             ("model", f"{self.config.model.path}, {'LoRA' if self.policy.lora else 'full weights'}"),
             ("algorithm", self.config.algorithm.name),
@@ -149,10 +153,12 @@ class TextActor:
     def collect(self, plan: float, prompts: Sequence[Prompt], slots: Sequence[int], iteration: int) -> TokenBatch:
         """K answers to each of these prompts."""
         members = self.config.data.samples_per_prompt
-        with explained(self.config, "rollout"), self.policy.role("rollout"):
+        needs = self.algorithm.needs
+        drawing = self.policy.old() if needs.old and not needs.on_policy else nullcontext()
+        with explained(self.config, "rollout"), drawing, self.policy.role("rollout"):
             written = self.writer(
                 prompts, slots, members=members, seed=self.config.seed, iteration=iteration, progress=plan,
-                needs=self.algorithm.needs,
+                needs=needs,
             )  # fmt: skip
         slot = torch.tensor(list(slots), dtype=torch.long)
         group = slot[written.tokens.prompt]
@@ -205,6 +211,19 @@ class TextActor:
     def revive(self, batch: AnyBatch, dead: Sequence[Prompt], iteration: int) -> list[Prompt]:
         """Prompts with a hint, where `data.on_dead_group` gives one."""
         return [] if self.revived is None else [made for prompt in dead if (made := self.revived(prompt)) is not None]
+
+    def replayed(self, batch: TokenBatch, again: Replayed[Tokens], mine: Tensor) -> TokenBatch:
+        """The batch with answers of earlier iterations behind it; their prompts are read again."""
+        rows = again.rows.select(mine)
+        asked = [self.prompts[int(i) % len(self.prompts)] for i in again.prompts[mine]]
+        number = torch.arange(len(asked))
+        rows = replace(rows, prompt=number, inputs=tuple(self.writer.inputs(prompt) for prompt in asked))
+        assert batch.advantages is not None
+        return replace(
+            batch, prompts=[*batch.prompts, *asked], tokens=Tokens.cat([batch.tokens, rows], [0, len(batch.prompts)]),
+            group=torch.cat([batch.group, -1 - number]), reference=None, facts={}, samples=(), place=None, rewards=None,
+            advantages=torch.cat([batch.advantages, again.advantages[mine].to(batch.advantages)]),
+        )  # fmt: skip
 
     def record(self, folder: Path, iteration: int, batch: AnyBatch, result: HubResult) -> None:
         """The first groups, a line an answer."""

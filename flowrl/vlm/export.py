@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flowrl.models.pipeline import INFERENCE, ModelError
+from flowrl.vlm.model import quiet
 from flowrl.weights import ADAPTER, save_component
 
 Form = Literal["peft", "full"]
@@ -75,7 +76,8 @@ def _write_full(model: Any, lora: bool, folder: Path) -> list[str]:
         del made.value_head
     if lora:
         _merge(made)
-    save_component(made.to(model.dtype), folder)
+    with quiet():
+        save_component(made.to(model.dtype), folder)
     model.processor.save_pretrained(folder)
     return [
         f'processor = AutoProcessor.from_pretrained("{folder.name}")',
@@ -98,6 +100,7 @@ def _merge(network: Any) -> None:
 def _readme(model: Any, lora: bool, loading: list[str]) -> str:
     code = "\n".join(
         [
+            "import torch",
             "from PIL import Image",
             "from transformers import AutoModelForImageTextToText, AutoProcessor",
             *loading,

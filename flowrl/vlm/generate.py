@@ -32,6 +32,9 @@ from samplers import stable_seed
 End = Literal["", "eos", "stop", "length"]
 """Why writing stopped: not at all yet, the model ended its answer, a stop text came, the limit was reached."""
 
+_KEPT = 0.9
+"""Rows that have ended leave the batch once no more than this share goes on: copying the cache costs about a step."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class Row:
@@ -165,31 +168,28 @@ def _write(
 ) -> list[Row]:
     noise = torch.stack([uniforms(row.key, len(row.ids), limit) for row in rows])
     ids, logprob = torch.zeros(len(rows), limit, dtype=torch.int64), torch.zeros(len(rows), limit)
-    length, end = torch.zeros(len(rows), dtype=torch.int64), ["length"] * len(rows)
-    alive = torch.arange(len(rows))
+    ends: dict[int, tuple[int, End]] = {}  # of each row that has ended: how long it is, and why
+    inside = torch.arange(len(rows))  # those in the decoder
     decoder = _Decoder(model, rows)
     for place in range(limit):
         table = model.logprobs(decoder.state, temperature)
-        drawn = table.argmax(-1) if greedy else invert(table, noise[alive, place])
-        ids[alive, place], logprob[alive, place] = drawn.cpu(), table.gather(1, drawn[:, None])[:, 0].cpu()
-        length[alive] = place + 1
-        going = []
-        for i, row in enumerate(alive.tolist()):
-            reason = stop(ids[row, : place + 1])
-            if reason:
-                end[row] = reason
-            else:
-                going.append(i)
-        if not going or place + 1 == limit:
+        drawn = table.argmax(-1) if greedy else invert(table, noise[inside, place])
+        ids[inside, place], logprob[inside, place] = drawn.cpu(), table.gather(1, drawn[:, None])[:, 0].cpu()
+        for row in inside.tolist():
+            if row not in ends and (reason := stop(ids[row, : place + 1])):
+                ends[row] = place + 1, reason
+        going = torch.tensor([i for i, row in enumerate(inside.tolist()) if row not in ends], dtype=torch.int64)
+        if not len(going) or place + 1 == limit:
             break
-        if len(going) < len(alive):  # the ended ones cost nothing from now on
-            decoder.keep(torch.tensor(going))
-            alive, drawn = alive[going], drawn[going]
+        if len(going) <= _KEPT * len(inside):
+            decoder.keep(going)
+            inside, drawn = inside[going], drawn[going.to(drawn.device)]
         decoder.step(drawn)
-    return [
-        row.wrote(ids[i, : length[i]], logprob[i, : length[i]], end[i])  # type: ignore[arg-type]
-        for i, row in enumerate(rows)
-    ]
+    written = []
+    for i, row in enumerate(rows):
+        length, end = ends.get(i, (limit, "length"))
+        written.append(row.wrote(ids[i, :length], logprob[i, :length], end))
+    return written
 
 
 class _Decoder:

@@ -88,7 +88,7 @@ def _tiny(name: str) -> Path:
     if not (target / CONFIG).is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         # In one step from nothing to complete: another process may be building it too.
-        with tempfile.TemporaryDirectory(dir=target.parent) as made, _quiet():
+        with tempfile.TemporaryDirectory(dir=target.parent) as made, quiet():
             part = tiny.build(wanted, Path(made) / "model")
             try:
                 part.rename(target)
@@ -158,7 +158,7 @@ class ImageTextModel:
         """
         source, name = resolve(path), str(path)
         kernel = {} if attention == "native" else {"attn_implementation": attention}
-        with _explained(name), _quiet():
+        with _explained(name), quiet():
             import transformers
 
             auto: Any = transformers  # most of its functions have no types
@@ -519,7 +519,7 @@ def _explained(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars."""
     import transformers.utils
 

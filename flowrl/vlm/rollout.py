@@ -15,7 +15,7 @@ from torch import Tensor
 from flowrl.config import GenerationConfig
 from flowrl.types import Needs, Prompt, Tokens
 from flowrl.vlm.augment import BEGIN, NoisyRollout
-from flowrl.vlm.collate import Inputs, Message
+from flowrl.vlm.collate import Inputs
 from flowrl.vlm.conversation import STOPS, converse, facts
 from flowrl.vlm.data import messages, pictures
 from flowrl.vlm.generate import Row, begin
@@ -79,6 +79,10 @@ class Writer:
                 seen.append(distorted if noisy[member] else shown)
         return self._written(prompts, index, rows, seen, temperature, batch_size, any(noisy), needs)
 
+    def inputs(self, prompt: Prompt) -> Inputs:
+        """A question as the model takes it."""
+        return self._inputs(prompt, pictures(prompt))
+
     def picture(self, prompt: Prompt) -> Picture:
         """A question's first picture, for people; grey where it has none."""
         shown = pictures(prompt)
@@ -105,7 +109,7 @@ class Writer:
 
         talks = converse(
             rows, seen, self.policy.model, write, self.tools, turns=tools.max_turns if tools else 1,
-            **({"seconds": tools.timeout, "template": tools.response} if tools else {}),
+            seconds=tools.timeout if tools else 0.0, template=tools.response if tools else "",
         )  # fmt: skip
         tokens = self.policy.tokens([talk.row for talk in talks], index)
         if noisy:  # an update shows the clean picture, so the answers' log-probs are those after it (NoisyRollout)
@@ -127,7 +131,7 @@ class Writer:
     def _inputs(self, prompt: Prompt, shown: Sequence[Picture], keep: bool = True) -> Inputs:
         """A prompt as the model takes it; kept, since the same prompts come again."""
         gold = prompt.metadata.get(SOLUTION)
-        talk = _shown(messages(prompt), shown)
+        talk = messages(prompt, shown)
         return self.policy.prepare(
             talk, gold if isinstance(gold, str) else None, (prompt.text, id(prompt.metadata)) if keep else None
         )
@@ -141,16 +145,6 @@ class Writer:
         width = tokens.ids.shape[1]
         parts = [of(tokens.select(part)) for part in torch.split(torch.arange(len(tokens)), rows)]
         return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]).cpu()
-
-
-def _shown(talk: Sequence[Message], shown: Sequence[Picture]) -> list[Message]:
-    """Messages with the pictures that belong where they have marks."""
-    rest = iter(shown)
-
-    def part_of(part: Message) -> Message:
-        return {**part, "image": next(rest)} if part["type"] == "image" else part
-
-    return [{**message, "content": [part_of(part) for part in message["content"]]} for message in talk]
 
 
 def _seen_clean(tokens: Tokens, clean: Sequence[Inputs]) -> Tokens:

@@ -47,8 +47,9 @@ def read_rows(source: str | Path | Sequence[str], split: str = "train") -> Itera
     if not isinstance(source, str | Path):
         yield from (Row(f"prompt {n} of the list", {"prompt": text}, Path()) for n, text in enumerate(source))
         return
-    if source == BUILT_IN:
-        yield from _built_in(split)
+    name, _, kinds = str(source).partition(":")
+    if name == BUILT_IN:
+        yield from _built_in(split, [kind.strip() for kind in kinds.split(",")] if kinds else None)
         return
     path = Path(source).expanduser()
     files = _files(path, split) if path.is_dir() else [path]
@@ -58,10 +59,13 @@ def read_rows(source: str | Path | Sequence[str], split: str = "train") -> Itera
         yield from _lines(file) if file.suffix == ".jsonl" else _table(file)
 
 
-def _built_in(split: str) -> Iterator[Row]:
-    from flowrl.shapes.questions import rows
+def _built_in(split: str, kinds: Sequence[str] | None) -> Iterator[Row]:
+    from flowrl.shapes.questions import KINDS, rows
 
-    for number, (text, metadata) in enumerate(rows(split), start=1):
+    for kind in kinds or ():
+        if kind not in KINDS:
+            raise DataError(f"{BUILT_IN} has no questions {kind!r}{nearest(kind, KINDS)}; it has {', '.join(KINDS)}.")
+    for number, (text, metadata) in enumerate(rows(split, kinds), start=1):
         yield Row(f"{BUILT_IN}:{number}", {"prompt": text, **metadata}, Path())
 
 

@@ -11,11 +11,16 @@ from flowrl.algorithms.objectives import MAX_LOG_RATIO, NEEDS_MEANS, Edges, Limi
 
 NAMES = get_args(Objective)
 LIMITS = Limits(low=0.1, high=0.3, trust=0.2, dual=3.0)
-METRICS = {"ratio_mean", "ratio_max_dev", "clip_frac", "approx_kl", "clamp_frac"}
+METRICS = {
+    "ratio_mean", "ratio_max_dev", "clip_frac", "clip_frac_low", "clip_frac_high", "approx_kl", "approx_kl_k1",
+    "approx_kl_k3", "clamp_frac",
+}  # fmt: skip
+PENALISED = ("dro", "kl_cov")
+"""Objectives with a loss of edges without an advantage."""
 
 
 def edges_of(log_ratio, advantages, **known):
-    """Edges of steps of std 0.5, each of a sample of its own, with no divergence, unless `known` says otherwise."""
+    """Edges of std 0.5, each of a sample (or answer) of its own, with no divergence, unless `known` says otherwise."""
     num = len(log_ratio)
     values = {
         "logprob": torch.full((num,), -0.7),
@@ -23,6 +28,7 @@ def edges_of(log_ratio, advantages, **known):
         "h": torch.full((num,), 0.1),
         "divergence": torch.zeros(num),
         "segment": torch.arange(num),
+        "position": torch.zeros(num, dtype=torch.long),
     }
     return Edges(log_ratio=log_ratio, advantages=advantages, **(values | known))
 
@@ -50,22 +56,28 @@ def test_on_policy_the_loss_is_minus_the_advantage_and_so_is_the_gradient(name):
     """The policy gradient theorem; guard's exponent is in units of std."""
     log_ratio = torch.zeros(4, requires_grad=True)
     advantages, std = torch.tensor([2.0, -0.5, 0.0, 1.0]), torch.tensor([0.1, 0.5, 0.5, 2.0])
-    segment = torch.tensor([0, 0, 0, 5])
-    loss, metrics = objective(name, edges_of(log_ratio, advantages, std=std, segment=segment), LIMITS)
+    segment, position = torch.tensor([0, 0, 0, 5]), torch.tensor([0, 1, 2, 0])
+    edges = edges_of(log_ratio, advantages, std=std, segment=segment, position=position)
+    loss, metrics = objective(name, edges, LIMITS)
     loss.sum().backward()
     assert torch.equal(loss, -advantages)
-    assert torch.equal(log_ratio.grad, -advantages * std if name == "guard" else -advantages)
+    expected = -advantages * std if name == "guard" else -advantages
+    torch.testing.assert_close(log_ratio.grad, expected, rtol=1e-6 if name == "sapo" else 0, atol=0)
     assert metrics.keys() == METRICS
-    assert {key: float(value) for key, value in metrics.items()} == dict.fromkeys(METRICS, 0.0) | {"ratio_mean": 1.0}
+    assert {key: float(value) for key, value in metrics.items()} == dict.fromkeys(METRICS, 0.0) | {
+        "ratio_mean": 1.0,
+        "clip_frac": 0.25 if name == "kl_cov" else 0.0,
+    }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in PENALISED])
 def test_without_an_advantage_there_is_exactly_nothing(name):
     """Off-policy and in a sample whose other steps do have one."""
     log_ratio, advantages = some()
     advantages[::3] = 0
     divergence = 0.3 * torch.rand(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    edges = edges_of(log_ratio, advantages, segment=torch.arange(200) // 5, divergence=divergence)
+    number = torch.arange(200)
+    edges = edges_of(log_ratio, advantages, segment=number // 5, position=number % 5, divergence=divergence)
     loss, _ = objective(name, edges, LIMITS)
     loss.sum().backward()
     assert (loss[::3] == 0).all() and (log_ratio.grad[::3] == 0).all()
@@ -348,3 +360,208 @@ def test_the_clamp_is_far_outside_of_use():
     loss, metrics = objective("dppo", edges, LIMITS)
     assert float(loss) == pytest.approx(-math.exp(MAX_LOG_RATIO - 0.01), rel=1e-4)
     assert metrics["clamp_frac"] == 0
+
+
+# ------------------------------------------------------------------------------------------- objectives of answers
+
+
+def two_answers(*, requires_grad=False):
+    """Log-ratios .3, -.5 of a good answer and .1 of a bad one."""
+    log_ratio = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64, requires_grad=requires_grad)
+    advantages = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)
+    known = {"segment": torch.tensor([0, 0, 1]), "position": torch.tensor([0, 1, 0])}
+    return log_ratio, advantages, edges_of(log_ratio, advantages, **known)
+
+
+def test_clip_has_the_known_vectors():
+    loss, metrics = objective("clip", two_answers()[2], LIMITS._replace(low=0.2, high=0.2))
+    assert loss.tolist() == pytest.approx([-1.2, -0.6065307, 1.1051710], abs=1e-7)
+    assert float(metrics["approx_kl_k1"]) == pytest.approx(0.1 / 3)
+    assert float(metrics["approx_kl_k3"]) == pytest.approx(sum(math.expm1(x) - x for x in (0.3, -0.5, 0.1)) / 3)
+
+
+def test_sapo_has_the_known_vectors():
+    """They are of the unshifted gate, A 4 / tau sigmoid(0) = 2 A / tau lower than minus the advantage at ratio 1."""
+    _, advantages, edges = two_answers()
+    tau = torch.tensor([1.0, 1.0, 1.05], dtype=torch.float64)
+    loss = objective("sapo", edges, LIMITS)[0] + advantages * (1 - 2 / tau)
+    assert loss.tolist() == pytest.approx([-2.3463335, -1.6115296, 2.0098262], abs=1e-7)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -0.5])
+def test_sapos_gradient_is_the_derivative_of_its_gate(advantage):
+    """w = 4 sigmoid(z)(1 - sigmoid(z)) with z = tau (r - 1), times r: 1 at ratio 1, less on both sides."""
+    log_ratio = torch.linspace(-1, 1, 21, dtype=torch.float64).requires_grad_()
+    tau = 2.0 if advantage > 0 else 3.0
+    edges = edges_of(log_ratio, torch.full((21,), advantage, dtype=torch.float64))
+    objective("sapo", edges, LIMITS._replace(tau_pos=2.0, tau_neg=3.0))[0].sum().backward()
+    ratio = log_ratio.detach().exp()
+    gate = (tau * (ratio - 1)).sigmoid()
+    torch.testing.assert_close(log_ratio.grad, -advantage * ratio * 4 * gate * (1 - gate), rtol=1e-10, atol=1e-12)
+    assert float(log_ratio.grad[10]) == pytest.approx(-advantage)
+
+
+def test_gmpo_has_the_known_vectors():
+    """-.5 is not cut to -.4: the update does not move outwards there."""
+    loss, metrics = objective("gmpo", two_answers()[2], LIMITS._replace(low=0.4, high=0.4))
+    assert loss.tolist() == pytest.approx([-0.9048374, -0.9048374, 1.1051710], abs=1e-7)
+    assert (float(metrics["clip_frac"]), float(metrics["clip_frac_low"])) == (pytest.approx(1 / 3), 0)
+    assert float(metrics["ratio_max_dev"]) == pytest.approx(1 - math.exp(-0.5))
+
+
+def test_gmpo_is_the_sequence_form_where_an_answer_has_one_advantage():
+    """-A exp(mean d), with d cut on the outer side alone; loss and gradient of n times it."""
+    log_ratio, advantages = some(scale=0.5)
+    segment = torch.arange(200) // 7
+    advantages = advantages[segment]
+    loss, _ = objective("gmpo", edges_of(log_ratio, advantages, segment=segment), LIMITS)
+    loss.sum().backward()
+    other = log_ratio.detach().clone().requires_grad_()
+    total = 0.0
+    for name in segment.unique():
+        mine = segment == name
+        a = float(advantages[mine][0])
+        d = [x.clamp(max=0.3) if a > 0 else x.clamp(min=-0.1) for x in other[mine]]
+        value = -a * torch.stack(d).mean().exp()
+        assert loss[mine].tolist() == pytest.approx([value.item()] * len(d), rel=1e-12)
+        total = total + len(d) * value
+    total.backward()
+    torch.testing.assert_close(log_ratio.grad, other.grad, rtol=1e-12, atol=1e-14)
+    assert (other.grad == 0).any()
+
+
+def test_a_dual_clip_is_the_two_sided_clip_of_intellect():
+    """max(-A min(r, delta), -A clip(r)) for delta >= 1 + high."""
+    log_ratio, advantages = some(scale=1.5)
+    loss, _ = objective("dual_clip", edges_of(log_ratio, advantages), LIMITS._replace(dual=4.0))
+    ratio = log_ratio.detach().exp()
+    expected = torch.maximum(-advantages * ratio.clamp(max=4.0), -advantages * ratio.clamp(0.9, 1.3))
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "dro"])
+def test_reinforce_and_dro_have_the_gradient_of_the_logprob(name):
+    """Of -A log pi, and of -(A log pi - beta / 2 (log pi - log mu)^2), from the distribution itself."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    chosen = torch.randint(5, (50,), generator=generator)
+    before = torch.distributions.Categorical(logits=logits.detach() + 0.3).log_prob(chosen) - 0.1
+    advantages = torch.randn(50, generator=generator, dtype=torch.float64)
+    logprob = torch.distributions.Categorical(logits=logits).log_prob(chosen)
+    edges = edges_of(logprob - before, advantages, logprob=before)
+    loss, metrics = objective(name, edges, LIMITS._replace(trust=0.5))
+    (found,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+    beta = 0.0 if name == "reinforce" else 2.0
+    expected = -(advantages * logprob - beta / 2 * (logprob - before).square()).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(expected, logits)[0], rtol=1e-10, atol=1e-12)
+    assert metrics["clip_frac"] == 0
+
+
+PI, MU = (0.5, 0.3, 0.9, 0.1, 0.6), (0.2, 0.28, 0.55, 0.35, 0.58)
+TV = LIMITS._replace(trust=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "advantage", "kept"),
+    [
+        ("dppo_tv", 1.0, [0, 1, 0, 1, 1]),
+        ("dppo_tv", -1.0, [1, 1, 1, 0, 1]),
+        ("cppo_tv", 1.0, [0, 0, 0, 1, 0]),
+        ("cppo_tv", -1.0, [1, 1, 1, 0, 1]),
+    ],
+)
+def test_tv_regions_keep_the_known_tokens(name, advantage, kept):
+    """pi, mu and what is kept of an independent computation; a kept token has -A r, another exactly nothing."""
+    pi, mu = (torch.tensor(x, dtype=torch.float64) for x in (PI, MU))
+    # A second answer of one token, in between: it must not share the budget.
+    order = torch.tensor([3, 0, 5, 2, 4, 1])
+    pi, mu = (torch.cat([x, torch.tensor([0.5], dtype=torch.float64)])[order] for x in (pi, mu))
+    log_ratio = (pi.log() - mu.log()).requires_grad_()
+    known = {
+        "logprob": mu.log(),
+        "segment": torch.tensor([4, 4, 4, 4, 4, 9])[order],
+        "position": torch.tensor([0, 1, 2, 3, 4, 0])[order],
+    }
+    loss, metrics = objective(name, edges_of(log_ratio, torch.full((6,), advantage, dtype=torch.float64), **known), TV)
+    loss.sum().backward()
+    expected = torch.tensor([*kept, 1])[order] * -advantage * (pi / mu)
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(log_ratio.grad, expected, rtol=1e-12, atol=0)
+    assert float(metrics["clip_frac"]) == pytest.approx(kept.count(0) / 6)
+    side = "clip_frac_high" if advantage > 0 else "clip_frac_low"
+    assert metrics[side] == metrics["clip_frac"]
+
+
+def cppo_by_loop(pi, mu, advantage, trust, early, budget):
+    change = [abs(p - m) for p, m in zip(pi, mu, strict=True)]
+    weight = [1 - (1 - early) * t / max(len(pi) - 1, 1) for t in range(len(pi))]
+    each = min(max(float(torch.tensor(change, dtype=torch.float64).quantile(0.9)), budget), 2 * budget)
+    kept, spent, earned = [], 0.0, 0.0
+    for p, m, d, w in zip(pi, mu, change, weight, strict=True):
+        bound = min(trust, trust + each * earned - spent)
+        kept.append(w * d <= bound or advantage * (p / m - 1) <= 0)
+        spent, earned = spent + w * d, earned + w
+    return kept
+
+
+def test_cppo_equals_the_loop_for_answers_of_any_length():
+    generator = torch.Generator().manual_seed(0)
+    limits = LIMITS._replace(trust=0.1, early=0.6, budget=0.03)
+    lengths, rows = [1, 7, 2, 12], []
+    for answer, length in enumerate(lengths):
+        mu, pi = 0.05 + 0.9 * torch.rand(2, length, generator=generator, dtype=torch.float64)
+        pi = mu + 0.2 * (pi - mu)
+        advantage = (-1.0) ** answer
+        kept = cppo_by_loop(pi.tolist(), mu.tolist(), advantage, 0.1, 0.6, 0.03)
+        rows += [(answer, t, p, m, advantage, k) for t, (p, m, k) in enumerate(zip(pi, mu, kept, strict=True))]
+    rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+    segment, position, pi, mu, advantages, kept = (torch.tensor(column) for column in zip(*rows, strict=True))
+    known = {"segment": segment, "position": position, "logprob": mu.log()}
+    loss, _ = objective("cppo_tv", edges_of(pi.log() - mu.log(), advantages, **known), limits)
+    assert torch.equal(loss != 0, kept) and 0 < kept.sum() < len(kept)
+
+
+def test_cppo_asks_for_the_places_of_the_tokens():
+    with pytest.raises(ValueError, match="needs edges.position"):
+        objective("cppo_tv", edges_of(torch.zeros(2), torch.ones(2), position=None), LIMITS)
+
+
+def covariances():
+    log_ratio, advantages = some(num=400)
+    logprob = -2 * torch.rand(400, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    edges = edges_of(log_ratio, advantages, logprob=logprob)
+    now = logprob + log_ratio.detach()
+    return log_ratio, advantages, edges, (now - now.mean()) * (advantages - advantages.mean())
+
+
+def test_kl_cov_penalises_the_highest_covariances():
+    log_ratio, advantages, edges, cov = covariances()
+    loss, metrics = objective("kl_cov", edges, LIMITS._replace(cov_share=0.05))
+    highest = cov >= cov.sort().values[-20]
+    expected = -advantages * log_ratio.detach().exp() + log_ratio.detach().abs() * highest
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-12, atol=1e-14)
+    assert float(metrics["clip_frac"]) == pytest.approx(0.05)
+    assert float(objective("kl_cov", edges, LIMITS)[1]["clip_frac"]) == pytest.approx(1 / 400)
+
+
+def test_clip_cov_silences_some_of_those_in_its_range():
+    log_ratio, advantages, edges, cov = covariances()
+    limits = LIMITS._replace(cov_share=0.02, cov_range=(0.5, 1.5))
+    loss, metrics = objective("clip_cov", edges, limits)
+    loss.sum().backward()
+    plain, told = objective("clip", edges, limits)
+    changed = loss != plain
+    assert int(changed.sum()) == 8 and (loss[changed] == 0).all() and (log_ratio.grad[changed] == 0).all()
+    assert ((cov > 0.5) & (cov < 1.5))[changed].all()
+    assert float(metrics["clip_frac"] - told["clip_frac"]) == pytest.approx(0.02, abs=1e-6)
+    assert torch.equal(objective("clip_cov", edges, limits)[0], loss)
+
+
+def test_clip_fractions_know_their_side():
+    log_ratio, advantages = some()
+    metrics = objective("clip", edges_of(log_ratio, advantages), LIMITS)[1]
+    ratio = log_ratio.detach().exp()
+    low, high = (ratio < 0.9) & (advantages < 0), (ratio > 1.3) & (advantages > 0)
+    assert float(metrics["clip_frac_low"]) == pytest.approx(float(low.double().mean()))
+    assert float(metrics["clip_frac_high"]) == pytest.approx(float(high.double().mean()))
+    assert low.any() and high.any()

@@ -10,7 +10,19 @@ from PIL import Image
 from flowrl.resolve import ResolveError
 from flowrl.types import Prompt
 from flowrl.vlm.augment import (
-    BEGIN, CORRECTED, GIVEN, SHARES, NoisyRollout, correct, corrections, first_words, hint, hook, inpaint, is_dead, masked,
+    BEGIN,
+    CORRECTED,
+    GIVEN,
+    SHARES,
+    NoisyRollout,
+    correct,
+    corrections,
+    first_words,
+    hint,
+    hook,
+    inpaint,
+    is_dead,
+    masked,
 )  # fmt: skip
 
 KEY = {"seed": 1, "iteration": 2, "prompt": 3}
@@ -99,7 +111,10 @@ def test_exactly_a_share_of_the_patches_is_black(share):
 def test_patches_at_the_border_may_be_cut_and_masks_are_keyed():
     picture = Image.new("RGB", (50, 31), "white")
     assert np.array(masked(picture, 1.0, **KEY)).max() == 0
-    draws = {np.array(masked(picture, 0.5, **{**KEY, **c})).tobytes() for c in ({}, {"seed": 5}, {"number": 1}, {"prompt": 8})}
+    draws = {
+        np.array(masked(picture, 0.5, **{**KEY, **c})).tobytes()
+        for c in ({}, {"seed": 5}, {"number": 1}, {"prompt": 8})
+    }
     assert len(draws) == 4 and np.array(masked(picture, 0.5, **KEY)).tobytes() in draws
     with pytest.raises(ValueError, match="share"):
         masked(picture, 1.2, **KEY)
@@ -117,7 +132,8 @@ def test_a_dead_group_has_verdicts_and_none_is_right():
 
 @pytest.mark.parametrize(
     ("share", "words"),
-    [(0.25, "one  red,"), (0.5, "one  red,\none blue:"), (0.75, "one  red,\none blue: two in"), (1.0, "one  red,\none blue: two in all"), (0.0, "")],
+    [(0.25, "one  red,"), (0.5, "one  red,\none blue:"), (0.75, "one  red,\none blue: two in"),
+     (1.0, "one  red,\none blue: two in all"), (0.0, "")],
 )  # fmt: skip
 def test_the_first_words_never_are_all_of_them(share, words):
     assert first_words(QUESTION.metadata["solution"], share) == words
@@ -131,7 +147,8 @@ def test_hints_grow_until_there_is_none():
         hinted = more
         texts.append((more.metadata[GIVEN], more.text))
     assert [share for share, _ in texts] == list(SHARES)
-    assert all(text == f"How many?\nHint: the solution begins with: {first_words(QUESTION.metadata['solution'], share)}" for share, text in texts)  # fmt: skip
+    for share, text in texts:
+        assert text == f"How many?\nHint: the solution begins with: {first_words(QUESTION.metadata['solution'], share)}"
     assert QUESTION.text == "How many?" and GIVEN not in QUESTION.metadata, "the prompt itself stays as it is"
 
 

@@ -96,7 +96,9 @@ def test_exactly_the_tools_words_are_masked():
     assert tokens.mask[2].tolist()[: first + 3 + third] == [True] * first + [False] * 3 + [True] * third
     assert (tokens.present.sum(1) == torch.tensor([len(expected), 4, first + 6])).all()
     assert (tokens.logprob[~tokens.mask] == 0).all() and (tokens.logprob[tokens.mask] < 0).all()
-    assert tokens.logprob[0, len(chosen[0].split()) + 3] == -1, "the second turn's own first log-prob stays with its token"
+    assert tokens.logprob[0, len(chosen[0].split()) + 3] == -1, (
+        "the second turn's own first log-prob stays with its token"
+    )
 
 
 def test_what_is_known_of_the_answers():

@@ -16,7 +16,10 @@ def table(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("right", "count", "k"), [(r, n, k) for n in (1, 2, 5, 7) for r in range(n + 1) for k in range(1, n + 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("right", "count", "k"),
+    [(r, n, k) for n in (1, 2, 5, 7) for r in range(n + 1) for k in range(1, n + 1)],
+)
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one(right, count, k):
     draws = list(itertools.combinations(range(count), k))
     assert pass_at_k(right, count, k) == pytest.approx(sum(min(draw) < right for draw in draws) / len(draws), abs=1e-12)
@@ -34,7 +37,13 @@ def test_pass_at_k_refuses_what_is_not_defined(right, count, k):
 
 
 def test_reflection_counts_whole_words():
-    assert reflection(["Wait, I verify it", "the waiter saw a yeti", "RE-CHECK", "", "not yet"]).tolist() == [1, 0, 1, 0, 1]
+    assert reflection(["Wait, I verify it", "the waiter saw a yeti", "RE-CHECK", "", "not yet"]).tolist() == [
+        1,
+        0,
+        1,
+        0,
+        1,
+    ]
     assert len(REFLECTION) == 15 and reflection(f"so {word}." for word in REFLECTION).mean() == 1
 
 
@@ -44,8 +53,10 @@ def test_all_figures_of_a_small_batch():
         torch.tensor([7, 7, 7, 7, 3, 3]),
         {
             "tokens": table(10, 20, 30, 40, 50, 60), "truncated": table(0, 0, 1, 1, 1, 0),
-            "reflects": table(1, 1, 0, 1, 0, 0), "forced": table(0, 0, 0, 0, 1, 1), "over_turns": table(0, 0, 0, 0, 0, 1),
-            "calls": table(2, 0, 0, 0, 1, 3), "failed_calls": table(1, 0, 0, 0, 0, 0), "entropy": table(1, 1, 1, 1, 1, 1),
+            "reflects": table(1, 1, 0, 1, 0, 0), "forced": table(0, 0, 0, 0, 1, 1),
+            "over_turns": table(0, 0, 0, 0, 0, 1),
+            "calls": table(2, 0, 0, 0, 1, 3), "failed_calls": table(1, 0, 0, 0, 0, 0),
+            "entropy": table(1, 1, 1, 1, 1, 1),
         },
         sources=["a", "b", "a", "b", "a", "a"], passes=(1, 2, 3, 4), seconds=4.0,
     )  # fmt: skip
@@ -88,6 +99,4 @@ def test_the_order_of_the_answers_does_not_matter():
     sources = [f"s{i % 3}" for i in range(64)]
     first = text_metrics(rewards, group, facts, sources=sources)
     shuffled = {name: fact[order] for name, fact in facts.items()}
-    assert first == text_metrics(
-        rewards[order], group[order], shuffled, sources=[sources[i] for i in order.tolist()]
-    )
+    assert first == text_metrics(rewards[order], group[order], shuffled, sources=[sources[i] for i in order.tolist()])

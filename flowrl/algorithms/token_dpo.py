@@ -1,0 +1,129 @@
+"""DPO on answers (arXiv:2305.18290): pairs of the policy's own answers to a prompt, the better against the worse.
+
+| symbol | here |
+|---|---|
+| y_w, y_l | answers of a group whose rewards differ; pairing, min_margin |
+| log pi(y) - log ref(y) | sum over the answer's tokens, or their mean with length_normalised |
+| beta | beta |
+"""
+
+from typing import Annotated, NamedTuple, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from flowrl.algorithms.pairing import How, choose
+from flowrl.algorithms.preference_terms import dpo
+from flowrl.types import Hyperparameters, Loss, Needs, TokenBatch, TokenPolicy
+
+
+class Pairs(NamedTuple):
+    """M pairs of answers under the trained policy and its reference; w the chosen, l the rejected, [M] each."""
+
+    chosen: Tensor
+    """log pi - log ref of w, with its graph."""
+    rejected: Tensor
+    """The same of l."""
+    logprob: Tensor
+    """log pi of w, summed over its tokens, with its graph."""
+    lengths: Tensor
+    """Tokens of w."""
+    margin: Tensor
+    """How much higher the reward of w is."""
+    shift: Tensor
+    """The credit of w, which is equal for all answers of an iteration where a method compares with it."""
+
+
+class TokenDPO(Hyperparameters):
+    """DPO (arXiv:2305.18290) on the policy's own answers: -log sigmoid(beta (log-ratio_w - log-ratio_l)) of pairs.
+
+    Own answers, because better ones of another model are told apart at once and teach nothing; and pairs of right and
+    wrong, with a wide margin. reward_accuracies should rise; its level does not compare between runs.
+    Note: the reference is always the initial weights.
+    Note: answers of a few tokens collapse under it; length_normalised, with a larger beta, holds up better.
+    """
+
+    pairing: Annotated[
+        How,
+        Field(
+            description="Pairs of a group: its best and worst answer, all that differ, or all by more than min_margin."
+        ),
+    ] = "best_worst"
+    min_margin: Annotated[float, Field(description="Rewards of a pair differ by more than this.", ge=0)] = 0.0
+    beta: Annotated[
+        float, Field(description="Strength of a pair; larger for long answers, smaller for short ones.", gt=0)
+    ] = 0.1
+    length_normalised: Annotated[
+        bool, Field(description="Log-ratios are means over the tokens, not sums: long answers count for no more.")
+    ] = False
+
+    @model_validator(mode="after")
+    def _pairs_exist(self) -> Self:
+        if self.min_margin and self.pairing == "all":
+            raise ValueError(f"min_margin={self.min_margin:g} has no effect on pairing=all; set pairing=margin.")
+        return self
+
+    @property
+    def needs(self) -> Needs:
+        """A model that writes, its initial weights, and a prompt's answers in one call."""
+        return Needs(tokens=True, reference=True, whole_groups=True, on_policy=True)
+
+    def credit(self, batch: TokenBatch) -> Tensor:
+        """Pairs that an answer wins less those that it loses, fp32 [R]; NaN, out of training, for those in no pair."""
+        assert batch.rewards is not None and batch.place is not None
+        pairs = choose(batch.rewards.cpu(), batch.group.cpu(), self.pairing, self.min_margin)
+        count = torch.zeros(2, len(batch.rewards), dtype=torch.float64)
+        for side in (0, 1):
+            count[side].index_add_(0, pairs[:, side], torch.ones(len(pairs), dtype=torch.float64))
+        balance = (count[0] - count[1]).where(count.sum(0) > 0, torch.nan)
+        return balance[batch.place.cpu()].to(batch.tokens.ids.device, torch.float32)
+
+    def mass(self, batch: TokenBatch) -> Tensor:
+        """Pairs, float64 [1]."""
+        return torch.tensor([len(self._pairs(batch))], dtype=torch.float64)
+
+    def share(self, batch: TokenBatch, total: Tensor) -> float:
+        """By pairs."""
+        return len(self._pairs(batch)) / max(float(total[0]), 1.0)
+
+    def compare(self, policy: TokenPolicy, batch: TokenBatch) -> Pairs:
+        """Trained policy and reference at the pairs of the batch, which holds whole groups."""
+        assert batch.rewards is not None and batch.advantages is not None
+        tokens, pairs = batch.tokens, self._pairs(batch).to(batch.tokens.ids.device)
+        with torch.no_grad(), policy.reference():
+            reference = policy.evaluate(tokens).logprob
+        logprob = policy.evaluate(tokens).logprob
+        ratio = (logprob - reference).where(tokens.mask, 0.0).sum(1)
+        if self.length_normalised:
+            ratio = ratio / tokens.lengths.clamp(min=1)
+        chosen, rejected = pairs.T
+        rewards = batch.rewards.to(pairs.device)
+        return Pairs(
+            ratio[chosen], ratio[rejected], logprob.where(tokens.mask, 0.0).sum(1)[chosen], tokens.lengths[chosen],
+            rewards[chosen] - rewards[rejected], batch.advantages[chosen].to(ratio),
+        )  # fmt: skip
+
+    def pair_loss(self, found: Pairs) -> Tensor:
+        """Loss [M] of the pairs."""
+        return dpo(found.chosen, found.rejected, self.beta)
+
+    def loss(self, policy: TokenPolicy, batch: TokenBatch) -> Loss:
+        """Mean over the pairs; reward_accuracies is the share of them that the policy orders as the rewards do."""
+        found = self.compare(policy, batch)
+        loss = self.pair_loss(found)
+        implicit = self.beta * (found.chosen - found.rejected).detach()
+        metrics = {
+            "policy_loss": loss.detach().mean(),
+            "reward_accuracies": (implicit.sign() + 1).mean() / 2,
+            "implicit_margin": implicit.mean(),
+            "implicit_chosen": self.beta * found.chosen.detach().mean(),
+            "implicit_rejected": self.beta * found.rejected.detach().mean(),
+            "reward_margin": found.margin.mean(),
+        }
+        return Loss(loss.mean(), metrics)
+
+    def _pairs(self, batch: TokenBatch) -> Tensor:
+        """Indices (better, worse) [M,2] of the batch's own rows, on the CPU."""
+        assert batch.rewards is not None
+        return choose(batch.rewards.cpu(), batch.group.cpu(), self.pairing, self.min_margin)

@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from flowrl.reward_cli import reward_app
+from flowrl.vlm_cli import vlm_app
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Fine-tune text-to-image and text-to-video models by RL."
+    no_args_is_help=True, add_completion=False, help="Fine-tune models that draw, and models that see and write, by RL."
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at configs without running them.")
 shapes_app = typer.Typer(no_args_is_help=True, help="The built-in world: its scenes and its base model.")
@@ -25,6 +26,7 @@ app.add_typer(shapes_app, name="shapes")
 pairs_app = typer.Typer(no_args_is_help=True, help="Pairs of samples to learn preferences from: make and look at them.")
 app.add_typer(pairs_app, name="pairs")
 app.add_typer(reward_app, name="reward")
+app.add_typer(vlm_app, name="vlm")
 console = Console()
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config, e.g. configs/quickstart.yaml.")]
@@ -100,29 +102,11 @@ def plan(
 ) -> None:
     """Show what a run would do and cost, memory and time included, without starting it: no weights are read."""
     loaded = _checked(config, overrides)
-    import torch
+    from flowrl.resolve import resolve
 
-    from flowrl import estimate
-    from flowrl.algorithms.schedule import plans_of
-    from flowrl.collect import check_sources
-    from flowrl.costs import describe, expected_cost
-    from flowrl.data import load_prompts
-    from flowrl.engine import default_device
-    from flowrl.media import geometry_of
-    from flowrl.policy import Policy
-
-    algorithm = loaded.algorithm.build()
-    model = estimate.sketch(loaded)
-    check_sources(model, load_prompts(loaded.data.prompts, "train"))
-    policy = Policy(model, lora=loaded.model.lora and loaded.model.lora.model_dump())
-    geometry = geometry_of(loaded, model)
-    times = model.times(algorithm.num_steps, geometry.height, geometry.width, geometry.frames)
-    plans = plans_of(algorithm, times, 0, loaded.data.samples_per_prompt, loaded.seed)
-    _print_table(loaded.name, describe(loaded, algorithm, plans, trainable=policy.num_trainable, world=devices))
-    device, dtype = default_device(loaded.engine.device), getattr(torch, loaded.model.dtype)
-    speed = tflops * 1e12 if tflops else estimate.matmul_flops(device, dtype)
-    cost = expected_cost(loaded, algorithm, plans)
-    for line in estimate.lines(loaded, policy, cost, devices, speed, memory):
+    table, lines = resolve(loaded.actor, "flowrl").forecast(loaded, devices, tflops, memory)
+    _print_table(loaded.name, table)
+    for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -183,13 +167,17 @@ def sample(
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder with a checkpoint.")],
     form: Annotated[
-        Literal["diffusers", "peft", "comfyui", "merged"],
-        typer.Option("--format", help="A LoRA file or component, a PEFT folder, a ComfyUI file, a whole pipeline."),
-    ] = "diffusers",
+        Literal["diffusers", "peft", "comfyui", "merged", "full"] | None,
+        typer.Option(
+            "--format",
+            help="A LoRA file or component, a PEFT folder, a ComfyUI file, a whole pipeline, or a whole model that "
+            "writes; default: diffusers, or of a model that writes peft or full.",
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Where the weights go; default: RUN/export_FORMAT.")] = None,
     averaged: Annotated[bool, typer.Option(help="The averaged weights, where the run keeps an average.")] = True,
 ) -> None:
-    """Write the weights of a run's newest checkpoint for diffusers, PEFT or ComfyUI, with code that draws with them."""
+    """Write the weights of a run's newest checkpoint for diffusers, PEFT, ComfyUI or transformers, with code to use."""
     from flowrl.standalone import export_run
 
     console.print(f"wrote {export_run(run, output, averaged=averaged, form=form)}", soft_wrap=True)
@@ -206,21 +194,12 @@ def config_check(config: ConfigPath, overrides: Overrides = None) -> None:
     if problems:
         raise SystemExit(2)
     console.print(f"{config}: ok")
-    for note in _missing_weights(config, overrides):
-        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _missing_weights(config: Path, overrides: list[str] | None) -> list[str]:
-    """What the rewards of a config lack on this machine: no mistake, it may be fetched or run elsewhere."""
     from flowrl.config import load_config
-    from rewards.catalogue import describe
+    from flowrl.resolve import resolve
 
     loaded = load_config(config, overrides or [])
-    return [
-        f"reward {entry.use!r} cannot run here yet: {mend}"
-        for entry in (*loaded.rewards, *loaded.eval_rewards)
-        for _, mend in describe(entry.use, entry.options).obstacles
-    ]
+    for note in resolve(loaded.actor, "flowrl").notes(loaded):
+        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
 
 
 @config_app.command("show")
@@ -254,8 +233,19 @@ def shapes_pretrain(
     autoencoder_steps: Annotated[int | None, typer.Option(help="Autoencoder steps.")] = None,
     pool: Annotated[int | None, typer.Option(help="Scenes or clips to render.")] = None,
     video: Annotated[bool, typer.Option("--video", help="The world that moves, a Wan pipeline.")] = False,
+    vlm: Annotated[
+        bool, typer.Option("--vlm", help="A model that answers questions about the world, a LLaVA; --steps of sight.")
+    ] = False,
 ) -> None:
     """Train the built-in base model from nothing (about an hour on two CPU cores); resumable."""
+    if vlm:
+        if video or autoencoder_steps is not None or pool is not None:
+            raise typer.BadParameter("goes with --output, --seed and --steps alone", param_hint="--vlm")
+        from flowrl.shapes import pretrain_vlm as eyes
+
+        eyes.pretrain(output, eyes.Recipe(seed=seed) if steps is None else eyes.Recipe(seed=seed, sight_steps=steps))
+        console.print(f"wrote {output}; try: flowrl vlm ask {output} 'how many things are there ?' picture.png")
+        return
     world = importlib.import_module("flowrl.shapes.pretrain_video" if video else "flowrl.shapes.pretrain")
     given = {"denoiser_steps": steps, "autoencoder_steps": autoencoder_steps, "pool": pool}
     world.pretrain(output, world.Recipe(seed=seed, **{k: v for k, v in given.items() if v is not None}))
@@ -325,7 +315,10 @@ def reward_train_latent(
 ) -> None:
     """Train a small reward on noised latents of a config's model; `--guide` of sample and eval steers with it."""
     loaded = _checked(config, overrides)
+    from flowrl.standalone import check_draws
     from flowrl.train_latent import train_latent
+
+    check_draws(loaded, "Answers have no noised latents: verifiers are their rewards.")
 
     facts = train_latent(
         loaded, output, reward=reward, pairs=pairs, num_prompts=prompts, samples_per_prompt=samples_per_prompt,
@@ -355,6 +348,9 @@ def pairs_make(
     """Sample a config's prompts, score them with its rewards, and store pairs of better and worse ones."""
     loaded = _checked(config, overrides)
     from flowrl.make_pairs import make_pairs
+    from flowrl.standalone import check_draws
+
+    check_draws(loaded, "Methods for pairs of answers, such as token_dpo, make theirs while they train.")
 
     summary = make_pairs(
         loaded, output, num_prompts=num_prompts, samples_per_prompt=samples_per_prompt, how=choose,

@@ -264,8 +264,8 @@ class DataConfig(Section):
     together: Word | None = None
     """Metadata key whose equal values make prompts come together and be one group for credit; null = each by itself."""
     curriculum: Word | dict[str, Any] | None = None
-    """Which prompts are drawn more: learnable, easy_first, rlcs, greso, history_resampling, staged, package.module:attr,
-    ./file.py:attr, or {use: ..., option: value}; null = all in turn."""
+    """Which prompts are drawn more: learnable, easy_first, rlcs, greso, history_resampling, staged, package.module:a,
+    ./file.py:a, or {use: ..., option: value}; null = all in turn."""
     history: Natural = 32
     """Rewards remembered of each prompt, best a few groups' worth; 0 = none."""
     filters: tuple[FilterEntry, ...] = ()
@@ -644,6 +644,12 @@ def _text_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, str]]
                             ("tools, whose pictures are not remembered", tools)):  # fmt: skip
             if given:
                 yield ("data", "replay"), f"does not go together with {what}; leave it out"
+    if config.generation.server is not None and config.generation.tools is not None:
+        text = "a server can begin answers, and not go on with them after a tool has spoken; leave one of the two out"
+        yield ("generation", "server"), text
+    if config.data.on_dead_group is not None and (config.data.max_tries == 1 or not config.data.filters):
+        text = "helps in a further try, and there is none; set data.max_tries=2 and data.filters=[informative]"
+        yield ("data", "on_dead_group"), text
     smallest = getattr(algorithm, "fewest_samples", 1)
     if config.data.samples_per_prompt < smallest:
         text = f"{name} compares the answers to a prompt, so it needs {smallest} of them; draw more"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flowrl import checkpoint
-from flowrl.collect import Conditions, Geometry, Guidance, example_of, sample
+from flowrl.actor import Actor
+from flowrl.collect import Conditions, Geometry, Guidance, sample
 from flowrl.config import Config, load_config
-from flowrl.data import BUILT_IN, SOURCE, load_prompts
-from flowrl.engine import default_device
-from flowrl.evaluate import Evaluation, evaluate, evaluation_prompts, mean_and_error, paired_gain
+from flowrl.data import BUILT_IN, SOURCE
+from flowrl.engine import connect, default_device
+from flowrl.evaluate import Evaluation, mean_and_error, paired_gain
 from flowrl.latent_reward import LatentReward, guided_by
-from flowrl.media import geometry_of, inference_settings, load_model
-from flowrl.models.pipeline import INFERENCE, LORA_WEIGHTS, load, read_json
+from flowrl.media import load_model
+from flowrl.models.pipeline import INDEX, INFERENCE, LORA_WEIGHTS, load, read_json
 from flowrl.policy import Policy, load_weights
 from flowrl.report import save_grid
 from flowrl.resolve import resolve
+from flowrl.tiny import PREFIX
 from flowrl.types import Prompt
-from flowrl.weights import Format
-from rewards import RewardHub
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +55,21 @@ def weights_of(folder: Path) -> Path:
         f"{folder} has no exported weights (weights/inference.json). A run writes them when it ends; "
         f"for one that has not: flowrl export {folder} --output WEIGHTS"
     )
+
+
+ASK = "Ask it something: flowrl vlm ask {model} 'How many circles are there?' picture.png{more}"
+
+
+def _check_model_draws(path: str) -> None:
+    """RunError for the path of a model that writes."""
+    from flowrl.vlm import tiny as tiny_vlm
+    from flowrl.vlm.model import BUILT_IN as WRITERS
+    from flowrl.vlm.model import CONFIG
+
+    folder = Path(path).expanduser()
+    is_folder = bool(path) and (folder / CONFIG).is_file() and not (folder / INDEX).is_file()
+    if is_folder or path in {*WRITERS, *(f"{PREFIX}{name}" for name in tiny_vlm.names())}:
+        raise RunError(f"{path!r} is a model that writes; it draws nothing. {ASK.format(model=path, more='')}")
 
 
 def _config_of(weights: Path) -> Config | None:
@@ -90,27 +105,38 @@ def evaluate_run(
     With `guides` (FOLDER=WEIGHT) the run's weights are scored once more, guided by these latent rewards.
     """
     config, weights = run_config(run), weights_of(run)
+    actor = actor_of(config, {"num_samples": num_samples, "num_steps": num_steps, "seed": seed})
+    if (num_steps or guides) and not actor.denoises:
+        raise RunError(f"{run} trained a model that writes, which takes no steps: leave --num-steps and --guide out.")
     console.print(f"scoring {weights}{' and its base model' if with_base else ''} ...", highlight=False)
-    settings = config.data.evaluation
-    prompts = evaluation_prompts(
-        load_prompts(config.data.eval_prompts or config.data.prompts, "held_out"), num_samples or settings.num_samples
-    )
     found: dict[str, Evaluation] = {}
-    device = default_device(config.engine.device)
-    with RewardHub([entry.entry() for entry in config.rewards], device=device) as hub:
+    try:
         for name in [*(["base"] if with_base else []), "tuned", *(["guided"] if guides else [])]:
-            policy = Policy(load_model(config, device), frozen=True, guidance=config.model.guidance, device=device)
-            if name != "base":
-                load_weights(policy, weights)
-            found[name] = evaluate(
-                policy, prompts, hub, Conditions(encode=policy.encode, device=policy.device),
-                geometry_of(config, policy.model),
-                num_steps=num_steps or settings.num_steps, seed=settings.seed if seed is None else seed,
-                measures=[resolve(m, "flowrl.shapes") for m in settings.measures], batch=settings.batch_size,
-                guide=guidance_of(guides, policy.model, t_range, max_ratio) if name == "guided" else None,
-            )  # fmt: skip
+            actor.load_finished(None if name == "base" else weights)
+            if name == "guided":
+                actor.guide = guidance_of(guides, actor.policy.model, t_range, max_ratio)
+            found[name] = actor.evaluate()
+    finally:
+        actor.close()
     _print(found, console)
     return found
+
+
+def actor_of(config: Config, evaluation: Mapping[str, Any] | None = None) -> Actor:
+    """What makes the samples of a config, in this process; of `evaluation` what is not None replaces its settings."""
+    given = {key: value for key, value in (evaluation or {}).items() if value is not None}
+    settings = config.data.evaluation.model_copy(update=given)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"evaluation": settings})})
+    actor: Actor = resolve(config.actor, "flowrl")(
+        config, config.algorithm.build(), connect("local", config.engine.device)
+    )
+    return actor
+
+
+def check_draws(config: Config, instead: str) -> None:
+    """RunError for a config of a model that writes, where a command is about pictures; `instead` says what is not."""
+    if not resolve(config.actor, "flowrl").denoises:
+        raise RunError(f"{config.name!r} is about a model that writes, and this command is about pictures. {instead}")
 
 
 def _print(found: dict[str, Evaluation], console: Console) -> None:
@@ -153,6 +179,7 @@ def sample_grid(
             "weights are given: add --from RUN, or leave --tuned-share out."
         )
     exported = weights_of(weights) if weights else None
+    _check_model_draws(model)
     loaded, settings = _as_trained(model, exported)
     target = _output(output, loaded)
     steps = num_steps or settings["num_inference_steps"]
@@ -183,7 +210,10 @@ GUIDANCE = "guidance"
 
 def _as_trained(path: str, exported: Path | None) -> tuple[Any, dict[str, Any]]:
     """The model to draw with, and the settings: those of the weights' run, else of their folder, else the model's."""
-    config = None if path or exported is None else _config_of(exported)
+    config = None if exported is None else _config_of(exported)
+    if config is not None:
+        check_draws(config, ASK.format(model=config.model.path, more=f" --from {exported}"))
+    config = None if path else config
     own = (read_json(str(exported), INFERENCE, required=False) or {}) if exported else {}
     if config is None:
         loaded: Any = load(path or BUILT_IN, inference=own)
@@ -214,32 +244,31 @@ def _sources(pictures: Sequence[Path], model: Any) -> dict[str, Any]:
     return {SOURCE: [str(picture) for picture in pictures]} if pictures else {}
 
 
-def export_run(run: Path, output: Path | None, *, averaged: bool, form: Format = "diffusers") -> Path:
+def export_run(run: Path, output: Path | None, *, averaged: bool, form: str | None = None) -> Path:
     """The weights of the newest checkpoint, the best so far where the run keeps those, in one of the formats.
 
-    Without `output` they go to RUN/export_FORMAT; returns the folder. The base model is loaded as it is on disk, so
-    that a run with a quantised one needs no accelerator here, and is merged without loss.
+    Formats are those that the run's actor names, None: its usual one. Without `output` they go to RUN/export_FORMAT;
+    returns the folder. The base model is loaded as it is on disk, so that a run with a quantised one needs no
+    accelerator here, and is merged without loss.
     """
     config = run_config(run)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": None})})
+    forms = resolve(config.actor, "flowrl").forms(config)
+    if form is not None and form not in forms:
+        raise RunError(f"{run}: its weights cannot be written as {form!r}. Take --format {' or '.join(forms)}.")
+    model = config.model.model_copy(update={"quantization": None})
+    engine = config.engine.model_copy(update={"device": "cpu"})
+    actor = actor_of(config.model_copy(update={"model": model, "engine": engine}))
     state = checkpoint.latest_valid(run / "checkpoints")
-    policy = Policy(
-        load_model(config), lora=config.model.lora and config.model.lora.model_dump(),
-        guidance=config.model.guidance, ema_decay=config.optimizer.ema_decay,
-    )  # fmt: skip
     part = "best." if any(k.startswith("best.") for k in state.tensors) else "policy."  # what the run itself exports
     tensors = {k.removeprefix(part): v for k, v in state.tensors.items() if k.startswith(part)}
     tensors = {k: v for k, v in tensors.items() if not k.startswith("old.")}  # follows the weights in training alone
-    policy.load_state_dict(tensors)
-    target = output or run / f"export_{form}"
-    settings, geometry = config.data.evaluation, geometry_of(config, policy.model)
-    prompts = evaluation_prompts(
-        load_prompts(config.data.eval_prompts or config.data.prompts, "held_out"), settings.num_samples
-    )
-    return policy.export(
-        target, averaged=averaged, inference=inference_settings(config), form=form,
-        example=example_of(policy, prompts, geometry, settings.seed),
-    )  # fmt: skip
+    target = output or run / f"export_{form or forms[0]}"
+    try:
+        actor.load_checkpoint(tensors)
+        actor.export(target, form=form, averaged=averaged)
+    finally:
+        actor.close()
+    return target
 
 
 def ratio_rows() -> list[tuple[str, str, str]]:

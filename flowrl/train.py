@@ -327,7 +327,8 @@ class Trainer:
     def _revived(self, last: Try, iteration: int) -> list[Prompt]:
         """Prompts of the last try whose samples were all wrong, made easier."""
         rows = last.table.view(len(last.prompts), -1)
-        dead = [p for p, r in zip(last.prompts, rows, strict=True) if bool((r.nan_to_num() <= 0).all())]
+        wrong = (~(rows >= self.config.data.passing)).all(1) & rows.isfinite().any(1)
+        dead = [prompt for prompt, is_it in zip(last.prompts, wrong.tolist(), strict=True) if is_it]
         return self.actor.revive(last.batch, dead, iteration)
 
     # -------------------------------------------------------------------------------------------- parts of it

@@ -326,8 +326,8 @@ class TokenBatch(SampleBatch):
         samples = tuple(self.samples[i] for i in index.tolist()) if self.samples else ()
         facts = {name: fact[rows] if len(fact) == len(self.tokens) else fact for name, fact in self.facts.items()}
         return replace(
-            self, tokens=tokens, advantages=advantages, values=values, reference=reference, samples=samples, facts=facts,
-            group=self.group[rows], place=None if self.place is None else self.place[rows],
+            self, tokens=tokens, advantages=advantages, values=values, reference=reference, samples=samples,
+            facts=facts, group=self.group[rows], place=None if self.place is None else self.place[rows],
             rewards=None if self.rewards is None else self.rewards[rows],
         )  # fmt: skip
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowrl.algorithms import token_fields as fields
 from flowrl.algorithms.advantages import Advantages, batch_advantages
-from flowrl.algorithms.token_policy_gradient import AnswerCredit
+from flowrl.algorithms.token_policy_gradient import AnswerCredit, check_groups
 from flowrl.types import Needs, TokenBatch
 
 
@@ -54,6 +54,8 @@ class GRPO(AnswerCredit):
 
     def advantages(self, batch: TokenBatch, rewards: Tensor) -> Advantages:
         """(r - mean) / (std + eps), each of the group, of the batch, or left out."""
+        if self.mean == "group":
+            check_groups(batch)
         return batch_advantages(
             rewards, batch.scores, batch.weights, batch.group.cpu(), self.combine,
             mean=self.mean, baseline=self.baseline, std=self.std, eps=self.adv_eps, unbiased=self.unbiased,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowrl.algorithms import token_fields as fields
 from flowrl.algorithms.advantages import Advantages, length_weighted
-from flowrl.algorithms.token_policy_gradient import AnswerCredit, fact
+from flowrl.algorithms.token_policy_gradient import AnswerCredit, check_groups, fact
 from flowrl.types import TokenBatch
 
 
@@ -25,4 +25,5 @@ class OPO(AnswerCredit):
 
     def advantages(self, batch: TokenBatch, rewards: Tensor) -> Advantages:
         """r - sum(l r) / sum(l) over the group."""
+        check_groups(batch)
         return length_weighted(rewards, batch.group.cpu(), fact(batch, "tokens").nan_to_num())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowrl.algorithms import token_fields as fields
 from flowrl.algorithms.advantages import Advantages, best_only, pass_at_k
+from flowrl.algorithms.schedule import AlgorithmError
 from flowrl.algorithms.token_policy_gradient import AnswerCredit
 from flowrl.types import TokenBatch
 
@@ -43,6 +44,12 @@ class PassKGRPO(AnswerCredit):
     def advantages(self, batch: TokenBatch, rewards: Tensor) -> Advantages:
         """Of each answer over all sets of k of its group, or of the best one."""
         group = batch.group.cpu()
+        largest = int(group.unique(return_counts=True)[1].max())
+        if largest <= (self.k or 1):
+            raise AlgorithmError(
+                f"samples_per_prompt={largest} leaves no choice of k={self.k} answers among them, so that no answer adds "
+                "anything to the others; raise data.samples_per_prompt (2 k or more), or lower algorithm.k."
+            )
         if self.k is None:
             return best_only(rewards, group, eps=self.adv_eps, unbiased=self.unbiased)
         return pass_at_k(rewards, group, self.k, self.right)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowrl.algorithms import token_fields as fields
 from flowrl.algorithms.advantages import Advantages, group_advantages, of_live_group, whiten
-from flowrl.algorithms.token_policy_gradient import AnswerCredit, own
+from flowrl.algorithms.token_policy_gradient import AnswerCredit, check_groups, own
 from flowrl.types import TokenBatch
 
 
@@ -29,6 +29,7 @@ class ReinforcePPBaseline(AnswerCredit):
 
     def advantages(self, batch: TokenBatch, rewards: Tensor) -> Advantages:
         """r less its group's mean, which `credit` then whitens."""
+        check_groups(batch)
         return group_advantages(rewards, batch.group.cpu(), std="none")
 
     def credit(self, batch: TokenBatch) -> Tensor:

@@ -72,7 +72,7 @@ class TokenDPO(Hyperparameters):
     def credit(self, batch: TokenBatch) -> Tensor:
         """Pairs that an answer wins less those that it loses, fp32 [R]; NaN, out of training, for those in no pair."""
         assert batch.rewards is not None and batch.place is not None
-        pairs = choose(batch.rewards.cpu(), batch.group.cpu(), self.pairing, self.min_margin)
+        pairs = self._pairs(batch)
         count = torch.zeros(2, len(batch.rewards), dtype=torch.float64)
         for side in (0, 1):
             count[side].index_add_(0, pairs[:, side], torch.ones(len(pairs), dtype=torch.float64))
@@ -124,6 +124,9 @@ class TokenDPO(Hyperparameters):
         return Loss(loss.mean(), metrics)
 
     def _pairs(self, batch: TokenBatch) -> Tensor:
-        """Indices (better, worse) [M,2] of the batch's own rows, on the CPU."""
+        """Indices (better, worse) [M,2] of the answers, on the CPU: all while credit is given, then the batch's rows.
+
+        Answers in no pair have left by then, which changes nothing for those of their group that are in one.
+        """
         assert batch.rewards is not None
         return choose(batch.rewards.cpu(), batch.group.cpu(), self.pairing, self.min_margin)

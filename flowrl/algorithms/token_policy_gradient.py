@@ -20,7 +20,7 @@ from flowrl.algorithms.aggregate import aggregate, mass, of_answers, share
 from flowrl.algorithms.corrections import importance_weights, off_policy_sequences, rejected, weight_metrics
 from flowrl.algorithms.kl import estimate, token_kl
 from flowrl.algorithms.objectives import Edges, Limits, objective
-from flowrl.algorithms.schedule import AlgorithmError
+from flowrl.algorithms.schedule import AlgorithmError, check_group_size
 from flowrl.schedules import value_at
 from flowrl.types import Hyperparameters, Loss, Needs, TokenBatch, TokenPolicy, Tokens, TokenStats
 from samplers import stable_seed
@@ -306,6 +306,11 @@ def own(batch: TokenBatch, value: Tensor) -> Tensor:
     if batch.place is None:
         raise ValueError("credit needs batch.place, where this process's answers stand among all.")
     return value[batch.place.cpu()]
+
+
+def check_groups(batch: TokenBatch) -> None:
+    """Refuse groups of one answer, which have nothing to be compared with."""
+    check_group_size(int(batch.group.unique(return_counts=True)[1].max()))
 
 
 def fact(batch: TokenBatch, name: str) -> Tensor:

@@ -120,7 +120,7 @@ class Recipe:
 
     seed: int = 0
     eyes_steps: int = 400
-    sight_steps: int = 1_300
+    sight_steps: int = 2_000
     habit_steps: int = 400
     batch: int = 48
     habits: Habits = field(default_factory=Habits)

@@ -5,11 +5,12 @@ The other half, `flowrl.train`, is the one that media have too: prompts, filters
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,18 +25,21 @@ from flowrl.models.pipeline import ModelError
 from flowrl.replay import Replayed
 from flowrl.report import sheet_of, spread
 from flowrl.rollouts import write_rollout
+from flowrl.tiny import PREFIX
 from flowrl.types import AnyBatch, Prompt, TokenBatch, Tokens, padded_places
 from flowrl.vlm.augment import hook
 from flowrl.vlm.data import load_questions
+from flowrl.vlm.export import FORMS, Form
 from flowrl.vlm.metrics import REFLECTS, reflection, text_metrics
 from flowrl.vlm.model import ImageTextModel
 from flowrl.vlm.policy import TextPolicy
 from flowrl.vlm.rollout import Writer, Written
+from flowrl.vlm.server import Server
 from flowrl.vlm.tools import ToolError, build_tools
 from rewards import HubResult
 from rewards.combine import Rule
 from rewards.types import RewardError
-from rewards.verifiers import Answer, Verifiers
+from rewards.verifiers import Answer, Verifiers, names
 from rewards.verifiers.adapter import KEYS
 
 SOURCE = "data_source"
@@ -44,6 +48,7 @@ EVALUATION = -1
 """The iteration that keys the draws of answers which are not trained on."""
 RIGHT = 1 - 1e-6
 """Total from which on an answer is right."""
+READERS: dict[Form, str] = {"peft": "for peft", "full": "for transformers"}
 ACCURACY = "accuracy"
 """Score of an evaluation: the share of answers that are right."""
 
@@ -53,6 +58,8 @@ class TextActor:
 
     per_call = False
     judges = True
+    denoises = False
+    guide = None
 
     def __init__(self, config: Config, algorithm: Any, engine: Engine) -> None:
         assert config.generation is not None
@@ -100,6 +107,39 @@ class TextActor:
         yield from filter_problems(config)
         yield from folder_problems(config)
 
+    @staticmethod
+    def notes(config: Config) -> Iterator[str]:
+        """Packages that verifiers do without here."""
+        for entry in (*config.rewards, *config.eval_rewards):
+            for package, mend in getattr(names.resolve(entry.use), "better_with", {}).items():
+                if importlib.util.find_spec(package) is None:
+                    yield f"verifier {entry.use!r} does without {package} here, and understands fewer answers: {mend}"
+
+    @staticmethod
+    def small(config: Config) -> dict[str, Any]:
+        """Short answers, and few tries; a tiny model has a precision of its own."""
+        assert config.generation is not None
+        found: dict[str, Any] = {
+            "generation.max_new_tokens": min(32, config.generation.max_new_tokens),
+            "data.max_tries": min(2, config.data.max_tries),
+        }
+        return found | ({"model.dtype": "float32"} if config.model.path.startswith(PREFIX) else {})
+
+    @staticmethod
+    def forms(config: Config) -> tuple[str, ...]:
+        """Those of `flowrl.vlm.export`: without LoRA there are no adapters."""
+        return FORMS if config.model.lora is not None else FORMS[1:]
+
+    @staticmethod
+    def forecast(
+        config: Config, devices: int, tflops: float | None, memory: float | None
+    ) -> tuple[list[tuple[str, str]], list[str]]:
+        """From a model without weights and the first questions (`flowrl.vlm.estimate`)."""
+        from flowrl.vlm import estimate
+
+        policy, length = estimate.sketch(config)
+        return described(config, policy, devices), estimate.lines(config, policy, length, devices, tflops, memory)
+
     @property
     def held_out(self) -> dict[str, Rule]:
         """Verifiers that are only watched."""
@@ -111,35 +151,47 @@ class TextActor:
 
     def load(self) -> None:
         """The model with its processor, the policy, and what writes."""
-        section, needs = self.config.model, self.algorithm.needs
+        section, needs, server = self.config.model, self.algorithm.needs, self.settings.server
         with explained(self.config, "loading"):
-            model = ImageTextModel.load(
-                section.path, dtype=getattr(torch, section.dtype), freeze_vision=section.freeze_vision,
-                value_head=needs.value, attention=section.attention,
+            self._take(
+                reference=needs.reference, old=needs.old, ema_decay=self.config.optimizer.ema_decay,
+                gradient_checkpointing=section.gradient_checkpointing,
             )  # fmt: skip
-            self.policy: TextPolicy = TextPolicy(
-                model, lora=None if section.lora is None else section.lora.model_dump(),
-                reference=needs.reference, old=needs.old,
-                ema_decay=self.config.optimizer.ema_decay, gradient_checkpointing=section.gradient_checkpointing,
-                temperature=self.settings.temperature, device=self.engine.device, seed=self.config.seed,
-            )  # fmt: skip
+        if server is not None:
+            self.writer.server = Server(
+                self.policy.model, server.url, server.model, timeout=server.timeout, concurrency=server.concurrency
+            )
+
+    def load_finished(self, weights: Path | None) -> None:
+        """The model with exported weights, or without; the policy itself answers, no server."""
+        self._take()
+        if weights is not None:
+            self.policy.load_weights(weights)
+
+    def load_checkpoint(self, state: Mapping[str, Tensor]) -> None:
+        """The policy of a checkpoint, without its reference and old policy."""
+        self._take(ema_decay=self.config.optimizer.ema_decay)
+        self.policy.load_state_dict(state)
+
+    def _take(self, **trained: Any) -> None:
+        self.policy = self._policy(**trained)
         self.writer = Writer(self.policy, self.settings)
+
+    def _policy(self, **trained: Any) -> TextPolicy:
+        """The config's model with what learns; further arguments are those of `flowrl.policy.Trained`."""
+        section = self.config.model
+        model = ImageTextModel.load(
+            section.path, dtype=getattr(torch, section.dtype), freeze_vision=section.freeze_vision,
+            value_head=self.algorithm.needs.value, attention=section.attention,
+        )  # fmt: skip
+        return TextPolicy(
+            model, lora=section.lora and section.lora.model_dump(), temperature=self.settings.temperature,
+            device=self.engine.device, seed=self.config.seed, **trained,
+        )  # fmt: skip
 
     def describe(self) -> list[tuple[str, str]]:
         """Answers, turns and updates of an iteration."""
-        data, generation, o = self.config.data, self.settings, self.config.optimizer
-        asked, each, world = data.prompts_per_iteration, data.samples_per_prompt, self.engine.world
-        tools = generation.tools
-        turns = f", {tools.max_turns} turns with {', '.join(self.writer.tools)}" if tools else ""
-        return [
-            ("model", f"{self.config.model.path}, {'LoRA' if self.policy.lora else 'full weights'}"),
-            ("algorithm", self.config.algorithm.name),
-            ("samples", f"{asked} questions x {each} = {asked * each} answers an iteration"),
-            ("answers", f"up to {generation.max_new_tokens} tokens at temperature {generation.temperature:g}{turns}"),
-            ("updates", f"{o.updates_per_iteration} an iteration"),
-            ("trainable", f"{self.policy.num_trainable:,} parameters"),
-            ("length", f"{self.config.iterations} iterations on {world} process{'es' if world > 1 else ''}"),
-        ]
+        return described(self.config, self.policy, self.engine.world)
 
     def warmup(self, everywhere: bool) -> None:
         """Verifiers have nothing to try."""
@@ -158,7 +210,7 @@ class TextActor:
         with explained(self.config, "rollout"), drawing, self.policy.role("rollout"):
             written = self.writer(
                 prompts, slots, members=members, seed=self.config.seed, iteration=iteration, progress=plan,
-                needs=needs,
+                needs=needs, judge=lambda draft: self._are_wrong(draft, prompts, plan),
             )  # fmt: skip
         slot = torch.tensor(list(slots), dtype=torch.long)
         group = slot[written.tokens.prompt]
@@ -168,6 +220,11 @@ class TextActor:
             reference=written.reference,
             samples=tuple(answers_of(written, prompts, group)),
         )  # fmt: skip
+
+    def _are_wrong(self, written: Written, prompts: Sequence[Prompt], progress: float) -> list[bool]:
+        """Which answers get less than `data.passing`; not those without a verdict."""
+        found = self.hub(answers_of(written, prompts, written.tokens.prompt), progress)
+        return (found.total < self.config.data.passing).tolist()
 
     def submit(self, batch: AnyBatch) -> Callable[[], HubResult]:
         """Verifiers answer at once, or wait for judges themselves."""
@@ -262,15 +319,15 @@ class TextActor:
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet_of(pictures, captions, lines=5).save(path, optimize=True)
 
-    def export(self, folder: Path) -> str:
+    def export(self, folder: Path, *, form: str | None = None, averaged: bool = True) -> str:
         """Weights: an adapter for peft, or a whole folder for transformers."""
-        self.policy.export(folder)
-        return "for transformers" if self.policy.lora is None else "for peft"
+        chosen = form or self.forms(self.config)[0]
+        self.policy.export(folder, averaged=averaged, form=cast(Form, chosen))
+        return READERS[cast(Form, chosen)]
 
     def check_export(self, folder: Path) -> None:
         """Load them into a model of their own, and answer the first held-out question."""
-        model = ImageTextModel.load(self.config.model.path, dtype=self.policy.model.dtype)
-        policy = TextPolicy(model, frozen=True, device=self.engine.device)
+        policy = self._policy()
         policy.load_weights(folder)
         written = Writer(policy, self.settings)(self.eval_prompts[:1], [0], members=1, seed=0, iteration=EVALUATION)
         if not bool(written.tokens.logprob.isfinite().all()):
@@ -281,6 +338,24 @@ class TextActor:
         for part in (self.hub, self._held_out, getattr(self, "writer", None)):
             if part is not None:
                 part.close()
+
+
+def described(config: Config, policy: TextPolicy, world: int) -> list[tuple[str, str]]:
+    """Answers, turns and updates of an iteration, as (what, how much) lines."""
+    data, generation, updates = config.data, config.generation, config.optimizer.updates_per_iteration
+    assert generation is not None
+    asked, each, tools = data.prompts_per_iteration, data.samples_per_prompt, generation.tools
+    turns = f", {tools.max_turns} turns with {', '.join(build_tools(tools.use))}" if tools else ""
+    writer = f"; a server writes them: {generation.server.url}" if generation.server else ""
+    return [
+        ("model", f"{config.model.path}, {'LoRA' if policy.lora else 'full weights'}"),
+        ("algorithm", config.algorithm.name),
+        ("samples", f"{asked} questions x {each} = {asked * each} answers an iteration{writer}"),
+        ("answers", f"up to {generation.max_new_tokens} tokens at temperature {generation.temperature:g}{turns}"),
+        ("updates", f"{updates} an iteration"),
+        ("trainable", f"{policy.num_trainable:,} parameters"),
+        ("length", f"{config.iterations} iterations on {world} process{'es' if world > 1 else ''}"),
+    ]
 
 
 def _questions(config: Config, source: Any, split: str) -> list[Prompt]:

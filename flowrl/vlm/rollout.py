@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from flowrl.config import GenerationConfig
+from flowrl.data import IMAGES
 from flowrl.types import Needs, Prompt, Tokens
-from flowrl.vlm.augment import BEGIN, NoisyRollout
+from flowrl.vlm.augment import BEGIN, CORRECTED, NoisyRollout, corrections
 from flowrl.vlm.collate import Inputs
-from flowrl.vlm.conversation import STOPS, converse, facts
-from flowrl.vlm.data import messages, pictures
+from flowrl.vlm.conversation import STOPS, Talk, converse, facts
+from flowrl.vlm.data import SYSTEM, messages, pictures
 from flowrl.vlm.generate import Row, begin
 from flowrl.vlm.policy import TextPolicy
+from flowrl.vlm.server import Server, tokens_of
 from flowrl.vlm.tools import Picture, build_tools
 
 SOLUTION = "solution"
@@ -41,26 +43,33 @@ class Written:
     """Log-probabilities of the initial weights, fp32 [N,S]."""
 
 
+Judge = Callable[[Written], Sequence[bool]]
+"""Whether each of N answers is wrong."""
+
+
 class Writer:
     """Writes answers with a policy, in the way of a config's section `generation`."""
 
-    def __init__(self, policy: TextPolicy, settings: GenerationConfig) -> None:
-        self.policy, self.settings = policy, settings
+    def __init__(self, policy: TextPolicy, settings: GenerationConfig, server: Server | None = None) -> None:
+        """With a `server`, which is closed with the writer, that one writes what is trained on; not evaluations."""
+        self.policy, self.settings, self.server = policy, settings, server
         self.tools = build_tools(settings.tools.use) if settings.tools else {}
         self.noisy = NoisyRollout(**settings.noisy.model_dump()) if settings.noisy else None
 
     def __call__(
         self, prompts: Sequence[Prompt], slots: Sequence[int], *, members: int, seed: int, iteration: int,
         progress: float = 0.0, temperature: float | None = None, batch_size: int | None = None,
-        needs: Needs | None = None,
+        needs: Needs | None = None, judge: Judge | None = None,
     ) -> Written:  # fmt: skip
         """`members` answers to each prompt; `slots`, the prompts' places in the whole iteration, key the draws.
 
         `temperature` None is the policy's; 0 takes the likeliest token each time, for evaluations. Of `needs`, values
-        and log-probs of the initial weights are kept, so that no update has to ask for them.
+        and log-probs of the initial weights are kept, so that no update has to ask for them. Iterations from 0 on are
+        trained on. `judge` is asked where worked answers may stand in for wrong ones (`flowrl.vlm.augment.correct`).
         """
         index = [p for p in range(len(prompts)) for _ in range(members)]
-        noisy = self.noisy.members(members) if self.noisy and iteration >= 0 else [False] * members
+        training = iteration >= 0
+        noisy = self.noisy.members(members) if self.noisy and training else [False] * members
         rows: list[Row] = []
         seen: list[Sequence[Picture]] = []
         for prompt, slot in zip(prompts, slots, strict=True):
@@ -77,7 +86,21 @@ class Writer:
                     row = row.append(self.policy.model.foreign(template=prompt.metadata[BEGIN]))
                 rows.append(row)
                 seen.append(distorted if noisy[member] else shown)
-        return self._written(prompts, index, rows, seen, temperature, batch_size, any(noisy), needs)
+        server = self.server if training else None
+        talks = self._talks(rows, seen, temperature, batch_size, server)
+        clean = [self.inputs(prompts[p]) for p in index] if any(noisy) else None
+        written = self._written(talks, index, clean, server is not None)
+        if judge is not None and any(CORRECTED in prompt.metadata for prompt in prompts):
+            wrong = torch.tensor(judge(written)).view(len(prompts), members).tolist()
+            for place, (prompt, is_wrong) in enumerate(zip(prompts, wrong, strict=True)):
+                for member in corrections(prompt, is_wrong, seed=seed, iteration=iteration):
+                    talks[place * members + member] = self._solved(talks[place * members + member])
+            written = self._written(talks, index, clean, server is not None)
+        return replace(
+            written,
+            values=self._asked(written.tokens, self.policy.values) if needs and needs.value else None,
+            reference=self._reference(written.tokens) if needs and needs.reference else None,
+        )
 
     def inputs(self, prompt: Prompt) -> Inputs:
         """A question as the model takes it."""
@@ -89,31 +112,42 @@ class Writer:
         return shown[0] if shown else _blank()
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Close the connections to a server."""
+        if self.server is not None:
+            self.server.close()
 
     # ------------------------------------------------------------------------------------ parts of it
 
-    def _written(
-        self, prompts: Sequence[Prompt], index: list[int], rows: list[Row], seen: list[Sequence[Picture]],
-        temperature: float | None, batch_size: int | None, noisy: bool, needs: Needs | None,
-    ) -> Written:  # fmt: skip
-        tools = self.settings.tools
+    def _talks(
+        self, rows: list[Row], seen: list[Sequence[Picture]], temperature: float | None, batch_size: int | None,
+        server: Server | None,
+    ) -> list[Talk[Row]]:  # fmt: skip
+        """Rows with their answers, turns of tools and forced endings included."""
+        tools, limit = self.settings.tools, self.settings.max_new_tokens
         options: dict[str, Any] = {"greedy": True} if temperature == 0 else {"temperature": temperature}
         options["batch"] = batch_size or self.settings.batch_size or len(rows)
 
         def write(going: list[Row]) -> list[Row]:
-            done = self.policy.write(going, limit=self.settings.max_new_tokens, stops=STOPS if tools else (), **options)
+            if server is None or any(len(row.ids) for row in going):  # a server cannot go on with what was begun
+                done = self.policy.write(going, limit=limit, stops=STOPS if tools else (), **options)
+            else:
+                done = server.write(going, limit=limit, temperature=self.policy.temperature)
             if (forced := self.settings.forced_answer) is None:
                 return done
             return self.policy.force(done, limit=forced.tokens, text=forced.text, unless=forced.unless, **options)
 
-        talks = converse(
+        return converse(
             rows, seen, self.policy.model, write, self.tools, turns=tools.max_turns if tools else 1,
             seconds=tools.timeout if tools else 0.0, template=tools.response if tools else "",
         )  # fmt: skip
-        tokens = self.policy.tokens([talk.row for talk in talks], index)
-        if noisy:  # an update shows the clean picture, so the answers' log-probs are those after it (NoisyRollout)
-            clean = [self._inputs(prompts[p], pictures(prompts[p])) for p in index]
+
+    def _written(
+        self, talks: Sequence[Talk[Row]], index: Sequence[int], clean: Sequence[Inputs] | None, foreign: bool
+    ) -> Written:
+        """The table of N answers; `clean` are their prompts where some saw distorted pictures."""
+        rows = [talk.row for talk in talks]
+        tokens = tokens_of(self.policy, rows, index) if foreign else self.policy.tokens(rows, index)
+        if clean is not None:  # an update shows the clean picture: the answers' log-probs are those after it
             tokens = self.policy.rescored(_seen_clean(tokens, clean))
         lengths = tokens.lengths.double()
         known = facts(talks) | {
@@ -122,19 +156,25 @@ class Writer:
             # Each token's -log p is an unbiased estimate of the entropy of what it was drawn from.
             "entropy": -tokens.logprob.double().sum(1) / lengths.clamp(min=1),
         }
-        return Written(
-            tokens=tokens, texts=[talk.text for talk in talks], facts=known,
-            values=self._asked(tokens, self.policy.values) if needs and needs.value else None,
-            reference=self._reference(tokens) if needs and needs.reference else None,
-        )  # fmt: skip
+        return Written(tokens=tokens, texts=[talk.text for talk in talks], facts=known)
+
+    def _solved(self, talk: Talk[Row]) -> Talk[Row]:
+        """The worked answer in the place of another one, as if the policy had chosen it, with its log-probs."""
+        inputs = replace(talk.row.inputs, later=())
+        assert inputs.solution is not None  # `correct` treats no prompt without one
+        row = begin(inputs, talk.row.key).wrote(inputs.solution, torch.zeros(len(inputs.solution)), "eos")
+        logprob = self.policy.rescored(self.policy.tokens([row], [0])).logprob[0].cpu()
+        row = begin(inputs, talk.row.key).wrote(inputs.solution, logprob, "eos")
+        return Talk(row=row, pictures=talk.pictures, turns=(self.policy.text(row),))
 
     def _inputs(self, prompt: Prompt, shown: Sequence[Picture], keep: bool = True) -> Inputs:
         """A prompt as the model takes it; kept, since the same prompts come again."""
         gold = prompt.metadata.get(SOLUTION)
-        talk = messages(prompt, shown)
-        return self.policy.prepare(
-            talk, gold if isinstance(gold, str) else None, (prompt.text, id(prompt.metadata)) if keep else None
-        )
+        gold = gold if isinstance(gold, str) else None
+        # Pictures in memory live as long as the run's questions; a helped question's metadata do not.
+        images = (image if isinstance(image, str) else id(image) for image in prompt.metadata.get(IMAGES, ()))
+        key = (prompt.text, prompt.metadata.get(SYSTEM), gold, *images) if keep else None
+        return self.policy.prepare(messages(prompt, shown), gold, key)
 
     def _reference(self, tokens: Tokens) -> Tensor:
         with torch.no_grad(), self.policy.reference():

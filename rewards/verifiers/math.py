@@ -51,6 +51,7 @@ class Math:
 
     range = (0.0, 1.0)
     needs = ("answer",)
+    better_with = {"math_verify": 'pip install -e ".[vlm]"'}
 
     def __init__(self, strict: bool = False, symbolic: bool | None = None, timeout: float = 2.0) -> None:
         r"""Keep the options.

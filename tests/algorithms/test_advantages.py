@@ -1,5 +1,6 @@
 """Credit against plain numpy loops, and what must not move it: order, missing verdicts, jitter, scale."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,13 +8,24 @@ import pytest
 import torch
 
 from flowrl.algorithms.advantages import (
+    adaptive_lambda,
+    best_only,
     combined_advantages,
+    discounted,
+    earlier_tools,
     edge_advantages,
+    gae,
     group_advantages,
     keep_nonzero,
     leaf_mean,
+    length_weighted,
+    monte_carlo_values,
+    pass_at_k,
     running_advantages,
+    sure_first,
     to_edges,
+    undiluted,
+    whiten,
     win_rates,
 )
 from samplers import branch_at, dance_sde, linear_times, noise_source, rollout
@@ -499,3 +511,232 @@ def test_edges_without_credit_leave_unless_none_would_be_left():
     assert keep_nonzero(credit).nan_to_num(9).tolist() == [9, 1.5, 9, 9, -2]
     for nothing in (torch.zeros(3), torch.tensor([0.0, NAN]), torch.zeros(0)):
         assert keep_nonzero(nothing).isnan().all()
+
+
+# ---------------------------------------------------------------------------------------------- estimators of answers
+
+MIXED, GROUPS = torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1]), torch.arange(2).repeat_interleave(4)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"std": "group", "eps": 1e-6, "unbiased": True}, 0.8660239),
+        ({"std": "none"}, 0.5),
+        ({"std": "global", "eps": 1e-6, "unbiased": True}, 1.0801211),
+        ({"std": "none", "baseline": "leave_one_out"}, 0.6666667),
+    ],
+)
+def test_the_known_vectors(how, expected):
+    """GRPO, Dr.GRPO, Lite PPO, RLOO: two right and two wrong answers beside a group that is all right."""
+    found = group_advantages(MIXED, GROUPS, **how)
+    assert found.value.tolist() == pytest.approx([expected, -expected, -expected, expected, 0, 0, 0, 0], abs=1e-6)
+    assert (found.value[4:] == 0).all()
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("std", ["group", "global", "none"])
+def test_other_means_equal_the_loop(std, unbiased):
+    """All agree in one group: with the std of the group it stays dead, otherwise it is compared with the others."""
+    rewards, group = some_rewards()
+    rewards[group == group[0]] = 0.25
+    valid = ~rewards.isnan()
+    for mean, centre in (("batch", float(rewards[valid].mean())), ("none", 0.0)):
+        found = group_advantages(rewards, group, std, 1e-4, unbiased, mean=mean)
+        for i in range(60):
+            mates = rewards[valid & (group == group[i])]
+            spread = {"group": mates, "global": rewards[valid]}
+            scale = 1.0 if std == "none" else float(spread[std].std(correction=int(unbiased))) + 1e-4
+            dead = std == "group" and float(mates.max() - mates.min()) < 1e-6
+            expected = 0.0 if dead or not valid[i] else (float(rewards[i]) - centre) / scale
+            assert float(found.value[i]) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_one_left_out_of_the_batch():
+    rewards = torch.tensor([1.0, 0.0, 0.5, NAN, 2.0])
+    found = group_advantages(rewards, torch.arange(5), "none", baseline="leave_one_out", mean="batch")
+    others = [np.mean([r for j, r in enumerate((1.0, 0.0, 0.5, None, 2.0)) if r is not None and j != i]) for i in range(5)]
+    expected = [1.0 - others[0], -others[1], 0.5 - others[2], 0.0, 2.0 - others[4]]
+    assert found.value.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("mean", ["batch", "none"])
+def test_a_batch_that_agrees_teaches_nothing_but_without_a_mean(mean):
+    jitter = 0.7 + 1e-8 * torch.randn(8, generator=torch.Generator().manual_seed(0))
+    found = group_advantages(jitter, GROUPS, "none", mean=mean)
+    assert (found.value == 0).all() if mean == "batch" else torch.equal(found.value, jitter.double())
+
+
+def test_impossible_means_are_named():
+    with pytest.raises(ValueError, match="'median'; choose group, batch or none"):
+        group_advantages(MIXED, GROUPS, mean="median")
+    with pytest.raises(ValueError, match="mean=none has none"):
+        group_advantages(MIXED, GROUPS, mean="none", baseline="leave_one_out")
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3])
+@pytest.mark.parametrize("size", [8, 12])
+def test_constant_floats_are_exactly_nothing(value, size):
+    """.7 twelve times has a float32 std of 1.2e-7, which an eps of 1e-6 turns into an advantage of .1."""
+    rewards, group = torch.full((size,), value), torch.zeros(size)
+    lengths = torch.arange(size).double()
+    for found in (
+        group_advantages(rewards, group, eps=1e-6, unbiased=True), best_only(rewards, group),
+        pass_at_k(rewards, group, 4), length_weighted(rewards, group, lengths),
+        undiluted(group_advantages(rewards, group), group),
+    ):  # fmt: skip
+        assert (found.value == 0).all() and not found.live.any()
+
+
+def test_the_best_alone_has_its_lead():
+    found = best_only(torch.tensor([0.2, 0.9, 0.5, 0.4, NAN, 3.0]), torch.tensor([0, 0, 0, 0, 0, 1]))
+    assert found.value.tolist() == pytest.approx([0, 1.3587277, 0, 0, 0, 0], abs=1e-6)
+    assert found.live.tolist() == [True, False]
+    assert best_only(torch.tensor([1.0, 1.0, 0.0]), torch.zeros(3)).value.tolist() == [0, 0, 0]
+    plain = best_only(torch.tensor([0.2, 0.9, 0.5]), torch.zeros(3), std=False)
+    assert plain.value.tolist() == pytest.approx([0, 0.4, 0])
+
+
+@pytest.mark.parametrize(("k", "right", "wrong"), [(4, 0.5222330, -0.1740777), (1, 1.7320508, -0.5773503)])
+def test_pass_at_k_has_the_known_values(k, right, wrong):
+    found = pass_at_k(torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 0, NAN]), torch.zeros(9), k)
+    assert found.value.tolist() == pytest.approx([right, *[wrong] * 3, right, *[wrong] * 3, 0], abs=1e-7)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("right", [1, 2, 4, 5])
+def test_pass_at_k_is_the_mean_over_all_sets(k, right):
+    """Each answer's mean advantage in the sets of k that it is in, with those sets' own mean and std."""
+    rewards = torch.tensor([1.0] * right + [0.0] * (5 - right), dtype=torch.float64)
+    sets = list(itertools.combinations(range(5), k))
+    passed = np.array([max(rewards[list(s)].tolist()) for s in sets])
+    found = pass_at_k(rewards, torch.zeros(5), k)
+    if passed.std() == 0:
+        assert (found.value == 0).all() and not found.live.any()
+        return
+    score = (passed - passed.mean()) / passed.std()
+    expected = [np.mean([x for x, s in zip(score, sets, strict=True) if i in s]) for i in range(5)]
+    assert found.value.tolist() == pytest.approx(expected)
+    assert float(found.value.sum()) == pytest.approx(0, abs=1e-12)
+
+
+def test_too_few_answers_for_a_set():
+    assert not pass_at_k(torch.tensor([1.0, 0.0, NAN]), torch.zeros(3), 3).live.any()
+
+
+def test_the_length_weighted_baseline():
+    """.6 for rewards 1 0 0 1 and lengths 4 2 6 8; in float32, in any order, with others in between."""
+    rewards = torch.tensor([1.0, 7, 0, 0, NAN, 1, 8])
+    group, lengths = torch.tensor([3, 1, 3, 3, 3, 3, 1]), torch.tensor([4.0, 1, 2, 6, 5, 8, 1])
+    found = length_weighted(rewards, group, lengths)
+    assert found.value.tolist() == pytest.approx([0.4, -0.5, -0.6, -0.6, 0, 0.4, 0.5])
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(length_weighted(rewards[order], group[order], lengths[order]).value, found.value[order])
+
+
+def test_groups_that_agree_do_not_dilute():
+    found = undiluted(group_advantages(MIXED, GROUPS, "none"), GROUPS)
+    assert found.value.tolist() == [1, -1, -1, 1, 0, 0, 0, 0]
+
+
+def test_early_tools_get_a_capped_bonus():
+    """Group 0 by hand: p = 2, 6, -, l = 10, 20, 30; group 1 is dead."""
+    advantages = torch.tensor([1.0, -0.5, -0.5, 0.0, 0.0], dtype=torch.float64)
+    group, position = torch.tensor([4, 4, 4, 2, 2]), torch.tensor([2.0, 6, NAN, 0, 9], dtype=torch.float64)
+    lengths = torch.tensor([10.0, 20, 30, 5, 5])
+    found = earlier_tools(advantages, group, position, lengths, coef=-2.0, cap=0.3)
+    assert found.tolist() == pytest.approx([1 + 0.2, -0.5 - 0.15, -0.5, 0, 0])
+
+
+def test_sure_answers_count_for_more():
+    advantages, group = torch.tensor([1.0, -1.0, 2.0, 3.0], dtype=torch.float64), torch.tensor([0, 0, 0, 1])
+    found = sure_first(advantages, group, torch.tensor([0.5, 1.5, NAN, 0.0], dtype=torch.float64))
+    assert found.tolist() == pytest.approx([2.0, -1 / 1.5, 2.0, 3.0])
+
+
+# -------------------------------------------------------------------------------------------------- credit of tokens
+
+
+def some_tokens(num=5, places=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, num, places, generator=generator, dtype=torch.float64)
+    mask = torch.rand(num, places, generator=generator) < 0.7
+    mask[0] = True
+    mask[1] = False
+    return rewards.where(mask, 0.0), values, mask
+
+
+def gae_by_sum(rewards, values, gamma, lam):
+    """A_t = sum_l (gamma lam)^l delta_{t+l} of one answer without holes."""
+    values = [*values, 0.0]
+    delta = [r + gamma * values[t + 1] - values[t] for t, r in enumerate(rewards)]
+    return [sum((gamma * lam) ** i * d for i, d in enumerate(delta[t:])) for t in range(len(delta))]
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.9, 0.95), (1.0, 0.0), (0.99, 0.5)])
+def test_gae_is_the_sum_over_what_is_on_the_mask(gamma, lam):
+    rewards, values, mask = some_tokens()
+    found = gae(rewards, values.where(mask, torch.nan).nan_to_num(7.0), mask, gamma, lam)
+    for row in range(5):
+        own = mask[row]
+        expected = gae_by_sum(rewards[row][own].tolist(), values[row][own].tolist(), gamma, lam)
+        assert found[row][own].tolist() == pytest.approx(expected, rel=1e-12)
+    assert (found[~mask] == 0).all()
+
+
+def test_a_lambda_for_each_answer():
+    rewards, values, mask = some_tokens()
+    lam = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.9], dtype=torch.float64)
+    found = gae(rewards, values, mask, 0.9, lam)
+    for row in range(5):
+        torch.testing.assert_close(found[row], gae(rewards, values, mask, 0.9, float(lam[row]))[row])
+
+
+def test_returns_skip_what_is_off_the_mask():
+    rewards, mask = torch.tensor([[1.0, 0, 0, 2.0, 0]]), torch.tensor([[True, False, True, True, False]])
+    assert discounted(rewards, mask, 0.5).tolist() == [[1 + 0.5 * (0 + 0.5 * 2), 0, 1, 2, 0]]
+
+
+def test_the_adaptive_lambda_of_long_answers_is_near_one():
+    assert adaptive_lambda(torch.tensor([0, 20, 40, 2000]), 0.05).tolist() == pytest.approx([0, 0, 0.5, 0.99])
+
+
+def test_monte_carlo_values_are_means_of_verdicts():
+    """VinePPO: with them, gae at lam = 0 is V(s_{t+1}) - V(s_t), and the last one the reward less V."""
+    found = monte_carlo_values(torch.tensor([[1.0, 0, NAN], [NAN, NAN, NAN], [1, 1, 0]]))
+    assert found[[0, 2]].tolist() == pytest.approx([0.5, 2 / 3]) and found[1].isnan()
+    values, rewards = torch.tensor([[0.5, 0.25, 2 / 3]]), torch.tensor([[0.0, 0.0, 1.0]])
+    found = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), 1.0, 0.0)
+    assert found[0].tolist() == pytest.approx([-0.25, 2 / 3 - 0.25, 1 / 3])
+
+
+def test_whitening_is_that_of_all_tokens():
+    rewards, _, mask = some_tokens()
+    found = whiten(rewards.where(mask, torch.nan), mask, lambda x: x)
+    known = rewards[mask]
+    torch.testing.assert_close(found[mask], (known - known.mean()) / (known.var() + 1e-8).sqrt())
+    assert (found[~mask] == 0).all()
+
+
+def test_whitening_adds_up_over_processes():
+    """A process that is told the sums of the other one has the part of the whole; it asks twice, whatever it holds."""
+    rewards, _, mask = some_tokens()
+    whole = whiten(rewards, mask, lambda x: x)
+    for mine, others in ((slice(0, 2), slice(2, 5)), (slice(2, 5), slice(0, 2))):
+        known = rewards[others][mask[others]]
+        mean = rewards[mask].mean()
+        elsewhere = iter([torch.stack([mask[others].sum().double(), known.sum()]), (known - mean).square().sum()])
+        found = whiten(rewards[mine], mask[mine], lambda x, elsewhere=elsewhere: x + next(elsewhere))
+        torch.testing.assert_close(found, whole[mine])
+        assert next(elsewhere, None) is None
+
+
+def test_whitening_the_known_vector():
+    """REINFORCE++-baseline: the advantages of Dr.GRPO over all eight answers."""
+    value = group_advantages(MIXED, GROUPS, "none").value[:, None]
+    found = whiten(value, torch.ones(8, 1, dtype=torch.bool), lambda x: x).flatten()
+    assert found.tolist() == pytest.approx([1.3228756, -1.3228756, -1.3228756, 1.3228756, 0, 0, 0, 0], abs=1e-6)
+
+
+def test_whitening_nothing():
+    assert (whiten(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool), lambda x: x) == 0).all()

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,15 @@ from pydantic import ValidationError
 
 import flowrl.algorithms
 from flowrl.algorithms.policy_gradient import PolicyGradient
-from flowrl.algorithms.schedule import plans_of
+from flowrl.algorithms.schedule import credit_of, plans_of
 from flowrl.history import PromptHistory
 from flowrl.types import Hyperparameters
 from samplers import linear_times
 from tests.algorithms.toy import ToyPolicy, collect, gradient, live
+from tests.algorithms.words import Words, moved, tokens_with
+from tests.algorithms.words import batch_of as answers
+from tests.algorithms.words import gradient as gradient_of
+from tests.algorithms.words import live as living
 
 SDES = {"flow_sde": 0.7, "dance_sde": 0.3, "wan_sde": 0.8, "cps": 0.6, "ddim": 0.8}
 
@@ -39,8 +44,12 @@ def make(cls, **wanted):
 
 
 ALL = algorithms()
+WRITERS = [cls for cls in ALL if cls().needs.tokens]
+PAINTERS = [cls for cls in ALL if not cls().needs.tokens]
 FAMILY = [cls for cls in ALL if issubclass(cls, PolicyGradient)]
 every = pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+every_painter = pytest.mark.parametrize("cls", PAINTERS, ids=lambda cls: cls.__name__)
+every_writer = pytest.mark.parametrize("cls", WRITERS, ids=lambda cls: cls.__name__)
 every_policy_gradient = pytest.mark.parametrize("cls", FAMILY, ids=lambda cls: cls.__name__)
 # Credit by a sample's own group alone, whatever its place in the tree.
 flat = pytest.mark.parametrize(
@@ -58,7 +67,9 @@ def weight(algorithm, batch):
 
 
 def test_the_folder_was_listed():
-    assert {"FlowGRPO", "MixGRPO"} <= {cls.__name__ for cls in ALL}
+    assert {"FlowGRPO", "MixGRPO", "GRPO", "PPO"} <= {cls.__name__ for cls in ALL}
+    assert all(callable(getattr(cls, "plan", None)) for cls in PAINTERS)
+    assert not any(hasattr(cls, "plan") for cls in WRITERS)
 
 
 @every
@@ -75,12 +86,12 @@ def test_record_is_frozen_strict_and_survives_a_round_trip(cls):
     record = cls()
     assert cls.model_validate_json(record.model_dump_json()) == record
     with pytest.raises(ValidationError, match="frozen"):
-        record.eta = 0.1
+        record.clip_range = 0.1
     with pytest.raises(ValidationError, match="clip_rnge"):
         cls(clip_rnge=1e-4)
 
 
-@every
+@every_painter
 def test_plan_is_a_pure_function_with_something_to_train(cls):
     algorithm = cls()
     for iteration in (0, 1, 7, 100, 10_000):
@@ -167,7 +178,7 @@ def test_a_missing_verdict_is_nobody_elses_business(cls):
     assert torch.equal(after.isnan(), before.isnan() | ~some)
 
 
-@every
+@every_painter
 def test_constant_rewards_give_no_credit(cls):
     algorithm = cls()
     batch = collect(algorithm, ToyPolicy(), k=K)
@@ -197,3 +208,57 @@ def test_credit_follows_the_samples_order(cls):
     batch.rewards = batch.rewards[order]
     batch.scores = {"reward": batch.rewards}
     torch.testing.assert_close(algorithm.credit(batch), before, rtol=1e-6, atol=0)
+
+
+@every_writer
+def test_answers_have_credit_or_leave_training(cls):
+    """One finite number an answer or a token, fp32, and NaN for an answer without a verdict, whatever the others got."""
+    algorithm, policy = make(cls, k=2), Words()
+    before = answers(policy, algorithm)
+    rewards = before.rewards.clone()
+    rewards[3] = float("nan")
+    found = algorithm.credit(replace(before, rewards=rewards, scores={"reward": rewards}))
+    assert found.dtype == torch.float32 and found.shape in ((16,), before.tokens.ids.shape)
+    assert found[3].isnan().all() and not found.isnan().all()
+    assert not credit_of(algorithm, before).isnan().all()
+
+
+@every_writer
+def test_an_answer_with_no_token_of_the_policys_is_not_trained_on(cls):
+    algorithm, policy = make(cls, k=2), Words()
+    batch = answers(policy, algorithm)
+    mask = batch.tokens.mask.clone()
+    mask[5] = False
+    batch.tokens = tokens_with(batch.tokens, mask=mask)
+    assert algorithm.credit(batch)[5].isnan().all()
+
+
+@every_writer
+def test_the_loss_of_answers_is_finite_and_teaches(cls):
+    """On and off policy, with metrics that can be merged."""
+    algorithm, policy = make(cls, k=2), Words()
+    batch = living(answers(policy, algorithm))
+    for by in (0.0, 0.3):
+        loss, grad = gradient_of(algorithm, moved(policy, by), batch)
+        assert loss.value.isfinite() and grad.isfinite().all() and grad.norm() > 0
+        assert all(not value.requires_grad and value.dim() == 0 and value.isfinite() for value in loss.metrics.values())
+
+
+@every_writer
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_loss_of_answers_does_not_depend_on_the_cut(cls, size):
+    """Value and gradient of an update in parts of whole units, weighed by their shares."""
+    algorithm, policy = make(cls, k=2), Words()
+    batch = living(answers(policy, algorithm))
+    moved(policy)
+    loss, expected = gradient_of(algorithm, policy, batch)
+    unit = batch.group if algorithm.needs.whole_groups else torch.arange(len(batch.tokens))
+    total = algorithm.mass(batch)
+    value, grad = 0.0, torch.zeros_like(expected)
+    for names in unit.unique().flip(0).split(size):
+        part = batch.select(torch.isin(unit, names))
+        share = algorithm.share(part, total)
+        part_loss, part_grad = gradient_of(algorithm, policy, part, share)
+        value, grad = value + share * part_loss.value, grad + part_grad
+    torch.testing.assert_close(value, loss.value)
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-9)

@@ -385,7 +385,7 @@ def test_sapo_has_the_known_vectors():
     _, advantages, edges = two_answers()
     tau = torch.tensor([1.0, 1.0, 1.05], dtype=torch.float64)
     loss = objective("sapo", edges, LIMITS)[0] + advantages * (1 - 2 / tau)
-    assert loss.tolist() == pytest.approx([-2.3463335, -1.6115296, 2.0098262], abs=1e-7)
+    assert loss.tolist() == pytest.approx([-2.3463335, -1.6115296, 2.0098262], abs=3e-7)
 
 
 @pytest.mark.parametrize("advantage", [1.0, -0.5])
@@ -510,7 +510,7 @@ def test_cppo_equals_the_loop_for_answers_of_any_length():
     lengths, rows = [1, 7, 2, 12], []
     for answer, length in enumerate(lengths):
         mu, pi = 0.05 + 0.9 * torch.rand(2, length, generator=generator, dtype=torch.float64)
-        pi = mu + 0.2 * (pi - mu)
+        pi = mu + 0.5 * (pi - mu)
         advantage = (-1.0) ** answer
         kept = cppo_by_loop(pi.tolist(), mu.tolist(), advantage, 0.1, 0.6, 0.03)
         rows += [(answer, t, p, m, advantage, k) for t, (p, m, k) in enumerate(zip(pi, mu, kept, strict=True))]

@@ -617,6 +617,13 @@ def _reward_conflicts(rewards: Sequence[RewardEntry], held_out: Sequence[RewardE
         seen.setdefault(name, place)
 
 
+_OF_MEDIA = (
+    "family", "guidance", "height", "width", "frames", "fps", "embedded_guidance", "negative_prompt", "inference",
+    "max_sequence_length", "rollout_micro_batch", "decode_tiling", "decode_micro_batch", "quantization",
+    "layerwise_casting", "offload", "offload_text_encoders", "offload_trajectory", "compile",
+)  # fmt: skip
+
+
 def _text_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, str]]:
     """A model that writes, and a method for tokens: neither goes without the other."""
     name = config.algorithm.name
@@ -634,6 +641,10 @@ def _text_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, str]]
             "writes; choose a method for tokens, such as grpo, or leave the section out",
         )
         return
+    for key in _OF_MEDIA:
+        if getattr(config.model, key) != ModelConfig.model_fields[key].default:
+            yield ("model", key), "is of models that make media, and has no effect on one that writes; leave it out"
+    yield from _combine_conflicts(config, algorithm)
     if config.data.samples == "stored":
         yield ("data", "samples"), "stored samples are media; a model that writes answers makes its own: rollout"
     if config.optimizer.update == "single_pass":
@@ -656,6 +667,17 @@ def _text_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, str]]
         yield ("data", "samples_per_prompt"), text
 
 
+def _combine_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, str]]:
+    """What changes the total is nothing to a method that takes each of several rewards by itself."""
+    if not algorithm.needs.scores or sum(entry.weight != 0 for entry in config.rewards) < 2:
+        return
+    for index, entry in enumerate(config.rewards):
+        for key, given in (("gate", entry.gate), ("only_where", entry.options.get("only_where"))):
+            if given is not None:
+                text = f"cuts the total, but this method takes each reward by itself; drop the {key}, or set combine=sum"
+                yield ("rewards", index, key), text
+
+
 def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
     """What the algorithm itself says to the group size and to its first and last plan."""
     import torch
@@ -670,10 +692,7 @@ def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
     if absent:
         yield ("algorithm", "name"), f"{config.algorithm.name} has no {', '.join(absent)}; see flowrl.types.Algorithm"
         return
-    if algorithm.needs.scores and sum(entry.weight != 0 for entry in config.rewards) > 1:
-        for index in (i for i, entry in enumerate(config.rewards) if entry.gate is not None):
-            text = "cuts the total, but this method takes each reward by itself; drop the gate, or set combine=sum"
-            yield ("rewards", index, "gate"), text
+    yield from _combine_conflicts(config, algorithm)
     if config.data.samples == "stored" and (algorithm.needs.logprobs or algorithm.needs.own_rollout):
         text = f"stored samples were not drawn step by step, and {config.algorithm.name} trains on steps; "
         yield ("data", "samples"), text + "choose a method of the forward process, such as flow_dpo, or samples=rollout"
@@ -861,7 +880,7 @@ _FREE = (
     "model.decode_micro_batch", "model.decode_tiling", "model.rollout_micro_batch", "model.gradient_checkpointing",
     "model.offload", "model.offload_text_encoders", "model.offload_trajectory", "model.compile",
     "optimizer.micro_batch",
-    "optimizer.update", "data.max_no_verdict", "data.evaluation.batch_size", "data.evaluation.grid_prompts",
+    "optimizer.update", "generation.batch_size", "data.max_no_verdict", "data.evaluation.batch_size", "data.evaluation.grid_prompts",
     "data.evaluation.headline", "data.evaluation.patience",
 )  # fmt: skip
 _FREE_REWARD = ("device", "batch_size", "cache", "offload")
@@ -871,14 +890,15 @@ def identity(config: Config) -> dict[str, Any]:
     """What makes a run that run, as {dotted key: plain value}; on resuming it must not have changed.
 
     Everything but where, how fast and how often: folders, devices, portions, records. The number of iterations belongs
-    to it only where the learning rate is scheduled over them.
+    to it only where something is scheduled over them: the learning rate, or what a model that writes is judged by.
     """
     tree = config.model_dump(mode="json")
     for entry in tree["rewards"]:
         for key in _FREE_REWARD:
             del entry[key]
     flat = dict(_flat(tree, ()))
-    free = _FREE + (("iterations",) if config.optimizer.schedule == "constant" else ())
+    scheduled = config.optimizer.schedule != "constant" or config.generation is not None
+    free = _FREE + (() if scheduled else ("iterations",))
     return {key: value for key, value in flat.items() if not any(key == f or key.startswith(f + ".") for f in free)}
 
 

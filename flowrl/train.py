@@ -403,9 +403,11 @@ class Trainer:
         own = torch.arange(len(prompts)).repeat_interleave(per_prompt)
         group = families(prompts, self.config.data.together).repeat_interleave(per_prompt)
         everyone = batch.among(len(table), group, facts)
+        values = {name: normalised(scores[name], rule, own).double() for name, rule in rules.items()}
         return replace(
             everyone, rewards=table,
-            scores={name: normalised(scores[name], rule, own).double() for name, rule in rules.items()},
+            # What a sample with a total has no score of was not asked about it: it adds nothing there.
+            scores={name: value.masked_fill(value.isnan() & table.isfinite(), 0.0) for name, value in values.items()},
             weights={name: rule.weight for name, rule in rules.items()},
             groups=[prompts[first] for first in group.unique().tolist()],
             total=self.engine.sum,

@@ -60,7 +60,8 @@ def config(model: str | Path, folder: str | Path, changes: Mapping[str, Any] | N
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The metrics of a run without what a clock says."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in lines]
+    by_clock = lambda key: key.startswith("time/") or key.endswith("_per_second")  # noqa: E731
+    return [{key: value for key, value in row.items() if not by_clock(key)} for row in lines]
 
 
 def state(trainer: Any) -> dict[str, torch.Tensor]:

@@ -48,6 +48,11 @@ class GRPO(AnswerCredit):
         return self
 
     @property
+    def fewest_samples(self) -> int:
+        """One, where an answer is compared with those to other prompts, or with none."""
+        return 2 if self.mean == "group" else 1
+
+    @property
     def needs(self) -> Needs:
         """Each reward by itself where they are not summed up."""
         return super().needs._replace(scores=self.combine != "sum")

@@ -65,6 +65,11 @@ class TokenDPO(Hyperparameters):
         return self
 
     @property
+    def fewest_samples(self) -> int:
+        """A pair."""
+        return 2
+
+    @property
     def needs(self) -> Needs:
         """A model that writes, its initial weights, and a prompt's answers in one call."""
         return Needs(tokens=True, reference=True, whole_groups=True, on_policy=True)

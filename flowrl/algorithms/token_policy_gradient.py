@@ -240,6 +240,11 @@ class AnswerCredit(TokenPolicyGradient):
     shaping_coef: fields.ShapingCoef = -2.0
     shaping_cap: fields.ShapingCap = 0.7
 
+    @property
+    def fewest_samples(self) -> int:
+        """Answers to a prompt without which nothing can be compared."""
+        return 2
+
     @abstractmethod
     def advantages(self, batch: TokenBatch, rewards: Tensor) -> Advantages:
         """What the answers of all processes are worth, [B], by their `rewards` [B]."""

@@ -306,7 +306,7 @@ class TextActor:
         lengths = written.facts["tokens"]
         return Evaluation(
             prompts=list(self.eval_prompts), scores={ACCURACY: right} | scores, total=result.total,
-            measures={"answer_tokens": (lengths.mean().item(), (lengths.std() / len(lengths) ** 0.5).item())},
+            measures={"answer_tokens": (lengths.mean().item(), _error_of_mean(lengths))},
             media=None, texts=written.texts,
         )  # fmt: skip
 
@@ -384,6 +384,11 @@ def verifier_entry(entry: Any) -> dict[str, Any]:
     """A reward's entry as the verifiers read it: without what is for rewards of media."""
     given = {key: value for key, value in entry.model_dump(exclude_unset=True).items()}
     return {key: given[key] for key in given if key in KEYS or key in entry.options}
+
+
+def _error_of_mean(values: Tensor) -> float:
+    """Its standard error; 0 where there is one value [1]."""
+    return (values.std(correction=0) / max(1, len(values) - 1) ** 0.5).item()
 
 
 def _under_each_other(tables: Sequence[Tensor | None]) -> Tensor | None:

@@ -213,7 +213,7 @@ class _Decoder:
     def keep(self, index: Tensor) -> None:
         """Goes on with the rows at `index`, which may name one several times."""
         index = index.to(self._model.device)
-        self._cache.batch_select_indices(index)
+        self._cache.reorder_cache(index)  # the one selection that recurrent layers know too
         self._next, self._mask, self.state = self._next[index], self._mask[index], self.state[index]
 
     def step(self, tokens: Tensor) -> None:

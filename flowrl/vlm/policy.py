@@ -39,16 +39,19 @@ class TextPolicy(Trained):
     model: ImageTextModel
 
     def __init__(
-        self, model: ImageTextModel, *, temperature: float = 1.0, lora: Lora | Mapping[str, Any] | None = None,
-        **trained: Any,
+        self, model: ImageTextModel, *, temperature: float = 1.0, rescore: bool | None = None,
+        lora: Lora | Mapping[str, Any] | None = None, **trained: Any,
     ) -> None:  # fmt: skip
         """`lora` and the others are as in `Trained`; targets are never in what the model keeps frozen.
 
-        `temperature` is that of sampling and scoring alike.
+        `temperature` is that of sampling and scoring alike. `rescore` makes the log-probs of new answers once more, as
+        an update makes them, for a forward pass; None: only below float32, where one token at a time and all at once
+        are rounded so differently that the first ratio would not be 1.
         """
         if not temperature > 0:
             raise ModelError(f"temperature is {temperature}; set one above 0, and greedy=True where nothing is drawn.")
         self.temperature = temperature
+        self.rescore = model.dtype != torch.float32 if rescore is None else rescore
         self._prepared = Cache()
         self._masks: tuple[float, int] | None = None
         super().__init__(model, lora=_within(model, lora), **trained)
@@ -81,13 +84,9 @@ class TextPolicy(Trained):
         return written
 
     def tokens(self, rows: Sequence[Row], prompt: Sequence[int]) -> Tokens:
-        """The table of N answers, `prompt` [N] being their prompts' places in the batch's list.
-
-        Below float32 one token at a time and all at once are rounded differently: then the log-probs are made again in
-        the way that the update makes them, and the first ratio is 1 again.
-        """
+        """The table of N answers, `prompt` [N] being their prompts' places in the batch's list."""
         tokens = generate.tokens_of(rows, prompt)
-        return tokens if self.model.dtype == torch.float32 else self.rescored(tokens)
+        return self.rescored(tokens) if self.rescore else tokens
 
     @torch.no_grad()
     def rescored(self, tokens: Tokens, rows: int = 16) -> Tokens:
@@ -136,15 +135,18 @@ class TextPolicy(Trained):
         return value
 
     def gold(self, tokens: Tokens) -> Tokens | None:
-        """The right answers to these rows' prompts, one a prompt that has one, for supervised terms (CHORD, GHPO)."""
-        first = {id(inputs.ids): (inputs, int(p)) for inputs, p in zip(tokens.inputs, tokens.prompt, strict=True)}
-        rows, prompts = [], []
-        for inputs, prompt in first.values():
-            if inputs.solution is not None:
-                row = generate.begin(replace(inputs, later=()), ())
-                rows.append(row.wrote(inputs.solution, torch.zeros(len(inputs.solution)), "eos"))
-                prompts.append(prompt)
-        return generate.tokens_of(rows, prompts).to(tokens.ids.device) if rows else None
+        """The right answers to these rows' prompts, row by row, for supervised terms (CHORD, GHPO).
+
+        A row whose prompt has none is empty; None where all are.
+        """
+        if all(inputs.solution is None for inputs in tokens.inputs):
+            return None
+        rows = []
+        for inputs in tokens.inputs:
+            ids = inputs.ids[:0] if inputs.solution is None else inputs.solution
+            row = generate.begin(replace(inputs, later=()), ())
+            rows.append(row.wrote(ids, torch.zeros(len(ids)), "eos"))
+        return generate.tokens_of(rows, tokens.prompt.tolist()).to(tokens.ids.device)
 
     @contextmanager
     def masked_images(self, ratio: float, seed: int) -> Iterator[None]:

@@ -223,7 +223,7 @@ def test_answers_have_credit_or_leave_training(cls):
     assert not credit_of(algorithm, before).isnan().all()
 
 
-@every_writer
+@pytest.mark.parametrize("cls", [cls for cls in WRITERS if not cls().needs.whole_groups], ids=lambda cls: cls.__name__)
 def test_an_answer_with_no_token_of_the_policys_is_not_trained_on(cls):
     algorithm, policy = make(cls, k=2), Words()
     batch = answers(policy, algorithm)

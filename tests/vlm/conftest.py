@@ -16,7 +16,7 @@ LONGEST = 8
 MEMBERS = 4
 LORA = {"rank": 4, "alpha": 8}
 # Adam's first step is the sign of the gradient, noise included, unless eps is large beside the noise.
-STEADY = {"optimizer.eps": 1e-3, "optimizer.lr": 1e-2}
+STEADY = {"optimizer.eps": 1e-2, "optimizer.lr": 1e-2}
 SIZES = ((), ((56, 56),), ((28, 60), (90, 30)), ((60, 28),), ((120, 40),), ((40, 40),))
 """Pictures of the questions: none, one, two, of different sizes."""
 TEXTS = ("hello", "how many?", "which of the two is the larger one?", "a", "what color is the bird there?", "and now?")

@@ -247,7 +247,7 @@ def test_a_value_is_expected_before_its_token():
 # ------------------------------------------------------------------------------------------------ hooks of losses
 
 
-def test_gold_answers_are_one_a_prompt():
+def test_gold_answers_belong_to_their_rows():
     policy = make("llava")
     inputs = [
         policy.prepare(asked("1 + 1"), solution="2"),
@@ -260,9 +260,9 @@ def test_gold_answers_are_one_a_prompt():
     gold = policy.gold(tokens)
     ends = policy.model.ends
     assert [ids[mask].tolist() for ids, mask in zip(gold.ids, gold.mask, strict=True)] == [
-        [*policy.model.encode(text), ends[0]] for text in ("2", "red")
+        [*policy.model.encode(text), ends[0]] if text else [] for text in ("2", "", "red") for _ in range(3)
     ]
-    assert gold.prompt.tolist() == [0, 2]
+    assert gold.prompt.tolist() == tokens.prompt.tolist()
     assert policy.evaluate(gold).logprob[gold.mask].max() < 0
     assert policy.gold(tokens.select(torch.arange(3, 6))) is None
 
@@ -374,3 +374,18 @@ def test_what_cannot_be_exported_is_said(tmp_path):
         make("llava").export(tmp_path, form="peft")
     with pytest.raises(ModelError, match="peft or full"):
         make("llava", lora=LORA).export(tmp_path, form="comfyui")
+
+
+def test_the_built_in_model_keeps_its_tags(tmp_path):
+    """In its vocabulary of words the tags of thinking, answers and tools are words, which verifiers must see."""
+    policy = make(model=type(load("llava")).load("shapes_vlm"), rescore=True, lora=LORA)
+    text = "<think> red circle </think> <answer> 2 </answer>"
+    ids = [*policy.model.encode(text), *policy.model.ends]
+    assert policy.text(torch.tensor(ids)) == text and not set(ids[:-1]) & set(policy.model.banned.tolist())
+    assert len(policy.model.encode("</tool_call>")) == 1
+    rows, tokens = answers(
+        policy, limit=24, inputs=[policy.prepare(asked("how many squares are there ?", [picture(0, 64, 64)]))]
+    )
+    assert (policy.evaluate(tokens).logprob - tokens.logprob).abs().max() < 1e-5
+    drawn = torch.nn.utils.rnn.pad_sequence([row.logprob for row in rows], batch_first=True)
+    assert (drawn - tokens.logprob).abs().max() < 1e-4  # logits around 20, in fp32

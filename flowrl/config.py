@@ -312,8 +312,6 @@ class ToolsConfig(Section):
     """Seconds that a call may take."""
     response: Word = " <tool_response> {images}{text} </tool_response> "
     """What is put behind a call; {images} and {text} are the tool's."""
-    mask_over_turns: bool = False
-    """Answers that used all their turns up without an end leave training (Mini-o3)."""
 
 
 class ServerConfig(Section):
@@ -617,7 +615,7 @@ def _reward_conflicts(rewards: Sequence[RewardEntry], held_out: Sequence[RewardE
         seen.setdefault(name, place)
 
 
-_OF_MEDIA = (
+OF_MEDIA = (
     "family", "guidance", "height", "width", "frames", "fps", "embedded_guidance", "negative_prompt", "inference",
     "max_sequence_length", "rollout_micro_batch", "decode_tiling", "decode_micro_batch", "quantization",
     "layerwise_casting", "offload", "offload_text_encoders", "offload_trajectory", "compile",
@@ -641,7 +639,7 @@ def _text_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, str]]
             "writes; choose a method for tokens, such as grpo, or leave the section out",
         )
         return
-    for key in _OF_MEDIA:
+    for key in OF_MEDIA:
         if getattr(config.model, key) != ModelConfig.model_fields[key].default:
             yield ("model", key), "is of models that make media, and has no effect on one that writes; leave it out"
     yield from _combine_conflicts(config, algorithm)
@@ -880,8 +878,9 @@ _FREE = (
     "model.decode_micro_batch", "model.decode_tiling", "model.rollout_micro_batch", "model.gradient_checkpointing",
     "model.offload", "model.offload_text_encoders", "model.offload_trajectory", "model.compile",
     "optimizer.micro_batch",
-    "optimizer.update", "generation.batch_size", "data.max_no_verdict", "data.evaluation.batch_size", "data.evaluation.grid_prompts",
-    "data.evaluation.headline", "data.evaluation.patience",
+    "optimizer.update", "generation.batch_size", "generation.server.url", "generation.server.timeout",
+    "generation.server.concurrency", "data.max_no_verdict", "data.evaluation.batch_size",
+    "data.evaluation.grid_prompts", "data.evaluation.headline", "data.evaluation.patience",
 )  # fmt: skip
 _FREE_REWARD = ("device", "batch_size", "cache", "offload")
 

@@ -81,7 +81,7 @@ def walk(model: Any, height: int, width: int, frames: int) -> Walk:
     from torch.utils.flop_counter import FlopCounterMode
 
     x = torch.zeros(1, *model.noise_shape(height, width, frames))
-    fused = _NumbersAndShapes()
+    fused = NumbersAndShapes()
     with torch.no_grad(), fused:
         cond = _conditions(model, height, width)
     parameters = [parameter for parameter in model.trainable.parameters() if parameter.requires_grad]
@@ -89,7 +89,7 @@ def walk(model: Any, height: int, width: int, frames: int) -> Walk:
     blocks = _Blocks(kept)
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(_storage(tensor), tensor)
+        kept.setdefault(storage(tensor), tensor)
         return tensor
 
     with FlopCounterMode(display=False) as counter:
@@ -100,11 +100,11 @@ def walk(model: Any, height: int, width: int, frames: int) -> Walk:
             v.backward(torch.empty_like(v))
             model.trainable.zero_grad()
         backward = counter.get_total_flops() + fused.flops - forward
-    weights = {_storage(tensor): tensor for tensor in model.trainable.parameters()}
+    weights = {storage(tensor): tensor for tensor in model.trainable.parameters()}
     return Walk(
         forward=forward,
         backward=min(backward, 2 * forward),  # the counter forgets the groups of a convolution on the way back
-        saved=_size_of(kept, weights),
+        saved=size_of(kept, weights),
         checkpointed=blocks.size_with_checkpointing(weights),
     )  # fmt: skip
 
@@ -123,7 +123,7 @@ def memory(config: Config, policy: Any, cost: Cost, walked: Walk | None, world: 
     wide = 2 if section.dtype == "bfloat16" else 4
     components = [getattr(model.pipe, name) for name in model.components]
     trained = policy.num_trainable
-    frozen = sum(_numbers(part) for part in components) - trained
+    frozen = sum(numbers(part) for part in components) - trained
     encoders = [p for n, p in model.pipe.components.items() if n.startswith(("text_encoder", "image_encoder"))]
     needs = config.algorithm.build().needs
     copies = (o.ema_decay is not None) + needs.old + (needs.reference and section.lora is None)
@@ -132,8 +132,8 @@ def memory(config: Config, policy: Any, cost: Cost, walked: Walk | None, world: 
     latent = torch.Size(model.noise_shape(*_size(config, model))).numel()
     return Memory(
         network=frozen * wide * quantised(config),
-        encoders=0.0 if section.offload_text_encoders else sum(_numbers(part) for part in encoders) * wide,
-        vae=_numbers(getattr(model.pipe, "vae", None)) * 4,
+        encoders=0.0 if section.offload_text_encoders else sum(numbers(part) for part in encoders) * wide,
+        vae=numbers(getattr(model.pipe, "vae", None)) * 4,
         # Autocast makes a copy of what learns in the run's precision, and a graph keeps it.
         training=trained * (4 * 4 + (wide if wide < 4 else 0)),
         copies=trained * 4 * copies,
@@ -189,17 +189,17 @@ def lines(config: Config, policy: Any, cost: Cost, world: int, speed: float, lim
         walked, reason = None, f"{type(error).__name__}: {error}".splitlines()[0][:80]
     found = memory(config, policy, cost, walked, world)
     parts = ", ".join(
-        f"{name} {_gib(getattr(found, name))}" for name in found.__dataclass_fields__ if getattr(found, name) > 0
+        f"{name} {gib(getattr(found, name))}" for name in found.__dataclass_fields__ if getattr(found, name) > 0
     )
-    told = [f"memory, estimated: {_gib(found.total)} GiB a device ({parts})"]
+    told = [f"memory, estimated: {gib(found.total)} GiB a device ({parts})"]
     if walked is None:
         told.append(f"  without activations, and no time: this network cannot be walked without numbers ({reason})")
     else:
         work = operations(cost, walked, config.model.gradient_checkpointing)
         seconds = work / (speed * MFU * world)
         told.append(
-            f"work, estimated: {_flop(work)} an iteration: {_duration(seconds)}, if {MFU:.0%} of {_flop(speed)}/s a "
-            f"device is reached; {_duration(seconds * config.iterations)} in all, without rewards and evaluations"
+            f"work, estimated: {flop(work)} an iteration: {duration(seconds)}, if {MFU:.0%} of {flop(speed)}/s a "
+            f"device is reached; {duration(seconds * config.iterations)} in all, without rewards and evaluations"
         )
     if limit is not None and found.total > limit * GIB:
         told.append(f"that is more than {limit:g} GiB. What needs less, the cheapest first:")
@@ -213,20 +213,23 @@ def _savings(config: Config, policy: Any, cost: Cost, walked: Walk | None, world
         section, name = key.split(".", 1)
         other = getattr(config, section).model_copy(update={name: value})
         less = memory(config.model_copy(update={section: other}), policy, cost, walked, world).total
-        then = f" -> {_gib(less)} GiB" if less < total else ""
+        then = f" -> {gib(less)} GiB" if less < total else ""
         yield f"  {key}={str(value).lower()}{then}   {why}"
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Bytes, in GiB."""
     return f"{size / GIB:.2f}" if size < 10 * GIB else f"{size / GIB:.0f}"
 
 
-def _flop(number: float) -> str:
+def flop(number: float) -> str:
+    """Operations with a unit that suits their number."""
     name, unit = next((n, u) for n, u in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1.0)) if number >= u or u == 1.0)
     return f"{number / max(unit, 1e6):.3g} {name}FLOP"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time with a unit that suits it."""
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.0f} h"
@@ -264,7 +267,8 @@ def _size(config: Config, model: Any) -> tuple[int, int, int]:
     return section.height or model.height, section.width or model.width, section.frames or model.frames
 
 
-def _numbers(part: Any) -> int:
+def numbers(part: Any) -> int:
+    """Of a module's parameters; 0 of anything else."""
     return sum(p.numel() for p in part.parameters()) if isinstance(part, nn.Module) else 0
 
 
@@ -310,11 +314,12 @@ def _encoders_that_only_have_shapes(pipe: Any) -> Iterator[None]:
         pipe.__class__ = kind
 
 
-def _storage(tensor: Tensor) -> int:
+def storage(tensor: Tensor) -> int:
+    """What tells a tensor's memory apart, without numbers too."""
     return tensor.untyped_storage()._cdata
 
 
-def _size_of(tensors: dict[int, Tensor], without: dict[int, Tensor]) -> float:
+def size_of(tensors: dict[int, Tensor], without: dict[int, Tensor]) -> float:
     """Numbers in storages: a view keeps the whole of what it is a view of."""
     own = (tensor for key, tensor in tensors.items() if key not in without)
     return sum(tensor.untyped_storage().nbytes() for tensor in own) / _NUMBER
@@ -329,12 +334,12 @@ class _Blocks:
         self.largest: dict[int, Tensor] = {}
 
     def __call__(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        self.inputs |= {_storage(x): x for x in tree_leaves(inputs) if isinstance(x, Tensor)}
+        self.inputs |= {storage(x): x for x in tree_leaves(inputs) if isinstance(x, Tensor)}
         before = set(self.kept)
         out = block(*inputs)
         own = {key: tensor for key, tensor in self.kept.items() if key not in before}
         self.inside |= own.keys()
-        self.largest = max(self.largest, own, key=lambda tensors: _size_of(tensors, {}))
+        self.largest = max(self.largest, own, key=lambda tensors: size_of(tensors, {}))
         return out
 
     @contextmanager
@@ -352,10 +357,10 @@ class _Blocks:
     def size_with_checkpointing(self, weights: dict[int, Tensor]) -> float:
         """Numbers in the blocks' inputs, in what is kept between blocks, and in what the largest block keeps."""
         between = {key: tensor for key, tensor in self.kept.items() if key not in self.inside}
-        return _size_of(between | self.inputs, weights) + _size_of(self.largest, weights | self.inputs)
+        return size_of(between | self.inputs, weights) + size_of(self.largest, weights | self.inputs)
 
 
-class _NumbersAndShapes(torch.overrides.TorchFunctionMode):
+class NumbersAndShapes(torch.overrides.TorchFunctionMode):
     """Lets tensors with numbers meet tensors that only have a shape, and counts attention as a fused kernel.
 
     States, masks, times and places keep their numbers until they meet weights: networks read lengths from them, choose
@@ -384,7 +389,7 @@ class _NumbersAndShapes(torch.overrides.TorchFunctionMode):
         """A tensor's shape without its numbers, the same one every time; anything else as it is."""
         if not isinstance(value, Tensor) or value.is_meta:
             return value
-        key = (_storage(value), value.dtype, value.shape, value.stride(), value.storage_offset())
+        key = (storage(value), value.dtype, value.shape, value.stride(), value.storage_offset())
         if key not in self._shapes:
             self._shapes[key] = (value, value.to("meta"))  # with the tensor itself, so that its storage stays its own
         return self._shapes[key][1]
@@ -410,7 +415,7 @@ class _Fused(torch.autograd.Function):
     """Attention as a fused kernel does it: it keeps its inputs, its output, and a number for each query."""
 
     @staticmethod
-    def forward(ctx: Any, count: _NumbersAndShapes, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, count: NumbersAndShapes, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(q)  # laid out as the queries: whether the next layer makes a copy depends on it
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1]))
         ctx.count, ctx.flops = count, 4.0 * q.numel() * k.shape[-2]

@@ -152,6 +152,14 @@ def not_truncated(rewards: Tensor, group: Tensor, facts: Facts) -> Tensor:
     return _fact(facts, "truncated") == 0
 
 
+def within_turns(rewards: Tensor, group: Tensor, facts: Facts) -> Tensor:
+    """Answers that did not ask for a tool in their last turn (over-turn masking, Mini-o3, arXiv:2509.07969). bool [B].
+
+    Such an answer is unfinished, not wrong; it stays in the statistics of its group. Fact `over_turns`.
+    """
+    return _fact(facts, "over_turns") == 0
+
+
 def short_enough(rewards: Tensor, group: Tensor, facts: Facts, most: int) -> Tensor:
     """Answers of at most `most` tokens (the length mask of ROLL); fact `tokens`. bool [B]."""
     _check(most >= 1, f"most={most}: at least 1 token")

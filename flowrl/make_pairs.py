@@ -81,7 +81,7 @@ def make_pairs(
     steps = num_steps or config.data.evaluation.num_steps
     exported = exported_weights(weights) if weights else None
     arguments = {
-        **_of_config(config), "data.prompts (contents)": fingerprint(known), "weights (contents)": _digest(exported),
+        **_of_config(config), "data.prompts (contents)": fingerprint(known), "weights (contents)": digest(exported),
         "num_prompts": len(prompts), "samples_per_prompt": samples_per_prompt, "how": how, "min_margin": min_margin,
         "num_steps": steps, "seed": seed,
     }  # fmt: skip
@@ -247,7 +247,7 @@ def _portable(path: str) -> str:
     return "/".join(Path(path).parts[-2:])
 
 
-def _digest(weights: Path | None) -> str | None:
+def digest(weights: Path | None) -> str | None:
     """sha256 of exported weights, file by file in the order of their names."""
     if weights is None:
         return None

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flowrl import attention
+from flowrl.config import OF_MEDIA
 from flowrl.models.pipeline import ModelError
 
 if TYPE_CHECKING:
@@ -326,7 +327,15 @@ def cheaper(config: Config, during: Phase | None = None) -> list[Saving]:
 
     `during` leaves out portions that do not matter where the memory ran out; None keeps all.
     """
-    return [*_smaller_portions(config, during), *_kept_elsewhere(config), *_kept_less(config)]
+    if config.generation is None:
+        return [*_smaller_portions(config, during), *_kept_elsewhere(config), *_kept_less(config)]
+    kept = (*_kept_elsewhere(config), *_kept_less(config))
+    return [*_fewer_answers(config, during), *(saving for saving in kept if _is_for(config, saving.key))]
+
+
+def _is_for(config: Config, key: str) -> bool:
+    """Whether a key means something to the model of a config."""
+    return config.generation is None or key not in (*(f"model.{name}" for name in OF_MEDIA), "optimizer.update")
 
 
 @contextmanager
@@ -364,6 +373,20 @@ def _smaller_portions(config: Config, during: Phase | None) -> Iterator[Saving]:
         yield Saving("optimizer.micro_batch", half, "fewer states in one backward pass; nearly as fast")
 
 
+def _fewer_answers(config: Config, during: Phase | None) -> Iterator[Saving]:
+    """The same answers in smaller portions."""
+    assert config.generation is not None
+    answers = config.data.prompts_per_iteration * config.data.samples_per_prompt
+    portions = (
+        ("evaluation", "data.evaluation.batch_size", config.data.evaluation.batch_size, "answered at a time"),
+        ("rollout", "generation.batch_size", config.generation.batch_size or answers, "written at a time; slower"),
+        ("update", "optimizer.micro_batch", config.optimizer.micro_batch or answers, "in one backward pass"),
+    )
+    for phase, key, size, why in portions:
+        if size > 1 and during in (None, phase):
+            yield Saving(key, size // 2, f"fewer answers {why}, the same result")
+
+
 def _kept_elsewhere(config: Config) -> Iterator[Saving]:
     """What can wait in main memory, and what can be computed again."""
     model = config.model
@@ -397,16 +420,22 @@ def quantised_denoiser(settings: ModelConfig) -> bool:
 
 
 def _advice(config: Config, during: Phase, error: Exception) -> str:
-    flat = {key: _value_at(config, key) for key in _PLAN}
+    flat = {key: _value_at(config, key) for key in _PLAN if _is_for(config, key)}
     plan = ", ".join(f"{key}={_yaml(value)}" for key, value in flat.items())
     first, *others = [f"{s.key}={_yaml(s.value)} ({s.why})" for s in cheaper(config, during)] or [""]
     mend = (
         f"Next cheaper: {first}." + (f" After that: {'; '.join(others)}." if others else "")
         if first
-        else "Nothing cheaper is left to set: take a smaller height, width, frames or model, or a larger device."
+        else f"Nothing cheaper is left to set: take {_smaller(config)}, a smaller model, or a larger device."
     )
     said = ". ".join(str(error).split(". ")[:2]).rstrip(".")  # and not where every byte is
     return f"out of memory during {during}: {said}. The run has {plan}. {mend}"
+
+
+def _smaller(config: Config) -> str:
+    if config.generation is None:
+        return "a smaller height, width or frames"
+    return "a smaller generation.max_new_tokens"
 
 
 def _value_at(config: Config, key: str) -> Any:

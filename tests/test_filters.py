@@ -235,6 +235,8 @@ def test_answers_by_what_is_known_of_them():
     rewards, group = table({0: [1, 0, 1], 1: [0, 0, 1]})
     facts = {"truncated": tensor(0, 1, 0, 0, 1, 0), "tokens": tensor(5, 9, 8, 3, 9, 10)}
     assert f.not_truncated(rewards, group, facts).tolist() == [True, False, True, True, False, True]
+    over = {"over_turns": torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0])}
+    assert f.within_turns(rewards, group, over).tolist() == [True, True, False, True, True, True]
     assert f.short_enough(rewards, group, facts, 8).tolist() == [True, False, True, True, False, False]
     with pytest.raises(FilterError, match=r"no fact 'truncated'; nothing but the reward is known"):
         f.not_truncated(rewards, group, {})
@@ -252,6 +254,7 @@ EACH = [
     {"use": "best_worst", "best": 1, "worst": 2},
     {"use": "pf_ppo"},
     {"use": "not_truncated"},
+    {"use": "within_turns"},
     {"use": "short_enough", "most": 6},
 ]
 

@@ -5,8 +5,8 @@ to: the sample, or the answer.
 
 Symbols: A advantage; lr log-ratio, the new log-prob minus the rollout's, of a step each a mean over the D latent dims;
 r = exp(lr); mu = exp(logprob) the rollout's probability (density), pi = mu r; sg() stops the gradient. Losses are
-shifted by constants so that at lr = 0 every loss is -A with gradient -A in lr (guard: -A std). A = 0 gives exactly no
-loss and no gradient, but for the penalties of dro and kl_cov.
+shifted by constants so that at lr = 0 every loss is -A with gradient -A in lr (guard: -A std; clip_cov: or 0). A = 0
+gives exactly no loss and no gradient, but for the penalties of dro and kl_cov.
 
     clip        max(-A r, -A clip(r, 1 - low, 1 + high))
     dual_clip   the same; for A < 0 at most -A dual

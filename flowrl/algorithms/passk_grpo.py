@@ -9,6 +9,7 @@
 
 from typing import Annotated, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -44,10 +45,10 @@ class PassKGRPO(AnswerCredit):
     def advantages(self, batch: TokenBatch, rewards: Tensor) -> Advantages:
         """Of each answer over all sets of k of its group, or of the best one."""
         group = batch.group.cpu()
-        largest = int(group.unique(return_counts=True)[1].max())
+        largest = int(torch.unique(group, return_counts=True)[1].max())
         if largest <= (self.k or 1):
             raise AlgorithmError(
-                f"samples_per_prompt={largest} leaves no choice of k={self.k} answers among them, so that no answer adds "
+                f"samples_per_prompt={largest} leaves no choice of k={self.k} answers among them, so that none adds "
                 "anything to the others; raise data.samples_per_prompt (2 k or more), or lower algorithm.k."
             )
         if self.k is None:

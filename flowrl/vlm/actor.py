@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flowrl.config import Config, curriculum_problems, filter_problems, folder_problems
+from flowrl.config import Config, GenerationConfig, ModelConfig, curriculum_problems, filter_problems, folder_problems
 from flowrl.configfile import Key
 from flowrl.data import DataError, PromptSampler, fingerprint
 from flowrl.engine import Engine
@@ -29,7 +29,7 @@ from flowrl.tiny import PREFIX
 from flowrl.types import AnyBatch, Prompt, TokenBatch, Tokens, padded_places
 from flowrl.vlm.augment import hook
 from flowrl.vlm.data import load_questions
-from flowrl.vlm.export import FORMS, Form
+from flowrl.vlm.export import FORMS, Form, is_peft
 from flowrl.vlm.metrics import REFLECTS, reflection, text_metrics
 from flowrl.vlm.model import ImageTextModel
 from flowrl.vlm.policy import TextPolicy
@@ -65,8 +65,8 @@ class TextActor:
         assert config.generation is not None
         self.config, self.algorithm, self.engine, self.settings = config, algorithm, engine, config.generation
         data = config.data
-        self.prompts = _questions(config, data.prompts, "train")
-        held_out = _questions(config, data.eval_prompts or data.prompts, "held_out")
+        self.prompts = questions(config, data.prompts, "train")
+        held_out = questions(config, data.eval_prompts or data.prompts, "held_out")
         self.eval_prompts = evaluation_prompts(held_out, data.evaluation.num_samples)
         self.hub = Verifiers([verifier_entry(entry) for entry in config.rewards], max_nan_frac=None)
         self._held_out = _held_out(config, self.hub)
@@ -85,14 +85,14 @@ class TextActor:
                     yield (key, index), str(error)
         data = config.data
         try:
-            questions = _questions(config, data.prompts, "train")
-            sampler = PromptSampler(questions, data.prompts_per_iteration, balance=data.balance, together=data.together)
+            asked = questions(config, data.prompts, "train")
+            sampler = PromptSampler(asked, data.prompts_per_iteration, balance=data.balance, together=data.together)
         except DataError as error:
             yield ("data", "prompts"), str(error)
         else:
-            yield from curriculum_problems(config, sampler, questions)
+            yield from curriculum_problems(config, sampler, asked)
         try:
-            _questions(config, data.eval_prompts or data.prompts, "held_out")
+            questions(config, data.eval_prompts or data.prompts, "held_out")
         except DataError as error:
             yield ("data", "eval_prompts"), str(error)
         try:
@@ -163,10 +163,9 @@ class TextActor:
             )
 
     def load_finished(self, weights: Path | None) -> None:
-        """The model with exported weights, or without; the policy itself answers, no server."""
-        self._take()
-        if weights is not None:
-            self.policy.load_weights(weights)
+        """The model with exported weights, or without; it answers itself, no server does."""
+        self.policy = finished_of(self.config.model, self.settings, self.engine.device, weights)
+        self.writer = Writer(self.policy, self.settings)
 
     def load_checkpoint(self, state: Mapping[str, Tensor]) -> None:
         """The policy of a checkpoint, without its reference and old policy."""
@@ -174,20 +173,11 @@ class TextActor:
         self.policy.load_state_dict(state)
 
     def _take(self, **trained: Any) -> None:
-        self.policy = self._policy(**trained)
+        self.policy = policy_of(
+            self.config.model, self.settings, self.engine.device, value_head=self.algorithm.needs.value,
+            seed=self.config.seed, **trained,
+        )  # fmt: skip
         self.writer = Writer(self.policy, self.settings)
-
-    def _policy(self, **trained: Any) -> TextPolicy:
-        """The config's model with what learns; further arguments are those of `flowrl.policy.Trained`."""
-        section = self.config.model
-        model = ImageTextModel.load(
-            section.path, dtype=getattr(torch, section.dtype), freeze_vision=section.freeze_vision,
-            value_head=self.algorithm.needs.value, attention=section.attention,
-        )  # fmt: skip
-        return TextPolicy(
-            model, lora=section.lora and section.lora.model_dump(), temperature=self.settings.temperature,
-            device=self.engine.device, seed=self.config.seed, **trained,
-        )  # fmt: skip
 
     def describe(self) -> list[tuple[str, str]]:
         """Answers, turns and updates of an iteration."""
@@ -327,8 +317,7 @@ class TextActor:
 
     def check_export(self, folder: Path) -> None:
         """Load them into a model of their own, and answer the first held-out question."""
-        policy = self._policy()
-        policy.load_weights(folder)
+        policy = finished_of(self.config.model, self.settings, self.engine.device, folder)
         written = Writer(policy, self.settings)(self.eval_prompts[:1], [0], members=1, seed=0, iteration=EVALUATION)
         if not bool(written.tokens.logprob.isfinite().all()):
             raise ModelError(f"the exported weights in {folder} give log-probabilities that are not finite.")
@@ -338,6 +327,30 @@ class TextActor:
         for part in (self.hub, self._held_out, getattr(self, "writer", None)):
             if part is not None:
                 part.close()
+
+
+def finished_of(
+    section: ModelConfig, settings: GenerationConfig, device: torch.device, weights: Path | None
+) -> TextPolicy:
+    """A config's model to be used and not trained: with exported weights of a run of it, or as it is."""
+    if weights is not None and is_peft(weights):
+        policy = policy_of(section, settings, device)
+        policy.load_weights(weights)
+        return policy
+    path = section.path if weights is None else str(weights)
+    return policy_of(section.model_copy(update={"path": path, "lora": None}), settings, device, frozen=True)
+
+
+def policy_of(
+    section: ModelConfig, settings: GenerationConfig, device: torch.device, *, value_head: bool = False, **trained: Any
+) -> TextPolicy:
+    """A config's model with what learns of it; `trained` are further arguments of `flowrl.policy.Trained`."""
+    model = ImageTextModel.load(
+        section.path, dtype=getattr(torch, section.dtype), freeze_vision=section.freeze_vision, value_head=value_head,
+        attention=section.attention,
+    )  # fmt: skip
+    lora = None if section.lora is None else section.lora.model_dump()
+    return TextPolicy(model, lora=lora, temperature=settings.temperature, device=device, **trained)
 
 
 def described(config: Config, policy: TextPolicy, world: int) -> list[tuple[str, str]]:
@@ -358,7 +371,8 @@ def described(config: Config, policy: TextPolicy, world: int) -> list[tuple[str,
     ]
 
 
-def _questions(config: Config, source: Any, split: str) -> list[Prompt]:
+def questions(config: Config, source: Any, split: str) -> list[Prompt]:
+    """The questions of a source as a config asks them."""
     data = config.data
     return load_questions(
         source, split, fields=data.fields, template=data.template, system=data.system, drop_options=data.drop_options

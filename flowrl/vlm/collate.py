@@ -10,7 +10,7 @@ Symbols: N rows, L places of a prompt, S places of an answer.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,14 +75,17 @@ def whole(inputs: Inputs, ids: Tensor) -> Inputs:
     return Inputs(
         ids=torch.cat([inputs.ids, ids]),
         places={name: torch.cat([_of_prompt(inputs, name), _of_answer(inputs, name, len(ids))]) for name in names},
-        media=_packed([inputs]),
+        media=_packed(_with_parts([inputs])),
     )
 
 
-def collate(inputs: Sequence[Inputs], ids: Tensor, present: Tensor, pad_id: int) -> dict[str, Tensor]:
+def collate(
+    inputs: Sequence[Inputs], ids: Tensor, present: Tensor, pad_id: int, media: Container[str] | None = None
+) -> dict[str, Tensor]:
     """Arguments of the model for N rows of prompts, left-padded to L, and answers `ids` [N,S] where `present` [N,S].
 
-    `pad_id` stands where there is nothing: a token that is no picture's, for a model counts these everywhere.
+    `pad_id` stands where there is nothing: a token that is no picture's, for a model counts these everywhere. `media`
+    are the names of what is packed, None: all.
     Note: 0, for text, continues what a processor tells of each place; transformers' own `generate` does so too.
     """
     longest, size = max(len(one.ids) for one in inputs), ids.shape[1]
@@ -99,12 +102,22 @@ def collate(inputs: Sequence[Inputs], ids: Tensor, present: Tensor, pad_id: int)
             for one in inputs
         ]
         batch[name] = torch.stack(rows)
-    return batch | _packed(inputs)
+    return batch | _packed(_with_parts(inputs), media)
+
+
+def later_media(inputs: Sequence[Inputs]) -> dict[str, Tensor]:
+    """Pictures of N answers, without those of their prompts."""
+    return _packed([part for one in inputs for part in _parts(one)])
 
 
 def _names(inputs: Sequence[Inputs]) -> list[str]:
     """Arguments with a value for each place."""
-    return list(dict.fromkeys(name for one in inputs for part in (one, *_parts(one)) for name in part.places))
+    return list(dict.fromkeys(name for part in _with_parts(inputs) for name in part.places))
+
+
+def _with_parts(inputs: Sequence[Inputs]) -> list[Inputs]:
+    """Each prompt before what came later in its answer."""
+    return [part for one in inputs for part in (one, *_parts(one))]
 
 
 def _parts(inputs: Inputs) -> list[Inputs]:
@@ -124,10 +137,9 @@ def _of_answer(inputs: Inputs, name: str, size: int) -> Tensor:
     return told
 
 
-def _packed(inputs: Sequence[Inputs]) -> dict[str, Tensor]:
-    """Pictures of all rows under each other, those of a prompt before those of its answer."""
-    parts = [part for one in inputs for part in (one, *_parts(one))]
-    names = dict.fromkeys(name for part in parts for name in part.media)
+def _packed(parts: Sequence[Inputs], only: Container[str] | None = None) -> dict[str, Tensor]:
+    """Pictures of all parts under each other."""
+    names = dict.fromkeys(name for part in parts for name in part.media if only is None or name in only)
     return {name: _stacked([part.media[name] for part in parts if name in part.media]) for name in names}
 
 

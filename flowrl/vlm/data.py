@@ -45,8 +45,9 @@ _TEXTS = ("prompt", "problem", "question")
 
 
 def load_questions(
-    source: str | Path | Sequence[str], split: str = "train", *, fields: Mapping[str, str | None] | None = None,
-    template: str | None = None, system: str | None = None, drop_options: bool = False,
+    source: str | Path | Sequence[str | Mapping[str, Any]], split: str = "train", *,
+    fields: Mapping[str, str | None] | None = None, template: str | None = None, system: str | None = None,
+    drop_options: bool = False,
 ) -> list[Prompt]:  # fmt: skip
     """The questions of a source, numbered from 0 in its order; DataError names the file, the line and the mend.
 

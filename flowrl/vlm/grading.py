@@ -68,7 +68,7 @@ def _grade(values: Sequence[float], threshold: float, passes: Sequence[int]) -> 
 
 
 def write_graded(
-    source: str | Path, grades: Mapping[int, Grade], file: str | Path, split: str = "train",
+    source: str | Path | Sequence[str], grades: Mapping[int, Grade], file: str | Path, split: str = "train",
     fields: Mapping[str, str] | None = None,
 ) -> int:  # fmt: skip
     """Write the rows of a source again, with `difficulty`, `pass_rate` and more, as a .jsonl file; how many.
@@ -77,7 +77,7 @@ def write_graded(
     the new file, and pictures that have none are saved beside it.
     """
     target = Path(file).expanduser()
-    if target.resolve() == Path(source).expanduser().resolve():
+    if isinstance(source, str | Path) and target.resolve() == Path(source).expanduser().resolve():
         raise DataError(f"{target}: the graded rows would replace their source; give another name.")
     target.parent.mkdir(parents=True, exist_ok=True)
     column = (fields or {}).get(IMAGES)

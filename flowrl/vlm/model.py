@@ -143,6 +143,8 @@ class ImageTextModel:
         """Tokens that are never sampled and have no probability, int64 [k]."""
         self._softcap: float | None = getattr(_text_config(network), "final_logit_softcapping", None)
         self._checked = False
+        self.forgets = False
+        """Whether layers keep no activations while a graph is made; they then heed no cache."""
 
     @classmethod
     def load(
@@ -237,6 +239,7 @@ class ImageTextModel:
 
     def enable_gradient_checkpointing(self) -> None:
         """Layers keep no activations while a graph is made; they are computed again in the backward pass."""
+        self.forgets = True
         options = {"use_reentrant": False}
         if hasattr(self.trainable, "activation_checkpointing_enable"):
             self.trainable.activation_checkpointing_enable(options)
@@ -350,15 +353,19 @@ class ImageTextModel:
         """
         there = batch["attention_mask"]
         text = (there.cumsum(1) - 1).clamp(min=0)
-        index = getattr(self.trainable.base_model, "get_rope_index", None)
-        if index is None:
+        if not self.places_by:
             return text
-        known = inspect.signature(index).parameters
-        told = {name: value for name, value in batch.items() if name in known}
+        told = {name: value for name, value in batch.items() if name in self.places_by}
         if not any(name.endswith("grid_thw") for name in told):
             return text.expand(3, -1, -1)
-        found: Tensor = index(**told)[0]
+        found: Tensor = self.trainable.base_model.get_rope_index(**told)[0]
         return found.masked_fill(there == 0, 0)
+
+    @cached_property
+    def places_by(self) -> frozenset[str]:
+        """Arguments that positions depend on, where pictures have rows and columns; else none."""
+        index = getattr(self.trainable.base_model, "get_rope_index", None)
+        return frozenset() if index is None else frozenset(inspect.signature(index).parameters)
 
     def _placed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A batch on the device, pictures in the model's dtype, with positions."""

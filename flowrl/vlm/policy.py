@@ -11,6 +11,7 @@ Symbols: N rows, S places of an answer, M places that the policy chose, H hidden
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -25,7 +26,7 @@ from flowrl.models.pipeline import ModelError
 from flowrl.policy import Lora, Trained
 from flowrl.types import Tokens, TokenStats
 from flowrl.vlm import augment, export, generate
-from flowrl.vlm.collate import Cache, Inputs, Message, collate
+from flowrl.vlm.collate import Cache, Inputs, Message, collate, later_media
 from flowrl.vlm.generate import Row
 from flowrl.vlm.model import ImageTextModel, pictures_of, with_pictures
 
@@ -39,19 +40,21 @@ class TextPolicy(Trained):
     model: ImageTextModel
 
     def __init__(
-        self, model: ImageTextModel, *, temperature: float = 1.0, rescore: bool | None = None,
+        self, model: ImageTextModel, *, temperature: float = 1.0, rescore: bool | None = None, share: bool = True,
         lora: Lora | Mapping[str, Any] | None = None, **trained: Any,
     ) -> None:  # fmt: skip
         """`lora` and the others are as in `Trained`; targets are never in what the model keeps frozen.
 
         `temperature` is that of sampling and scoring alike. `rescore` makes the log-probs of new answers once more, as
         an update makes them, for a forward pass; None: only below float32, where one token at a time and all at once
-        are rounded so differently that the first ratio would not be 1.
+        are rounded so differently that the first ratio would not be 1. `share` reads a prompt once for all its answers
+        in an update too, where the network can: not with gradient checkpointing, nor if it turns out that it cannot.
         """
         if not temperature > 0:
             raise ModelError(f"temperature is {temperature}; set one above 0, and greedy=True where nothing is drawn.")
         self.temperature = temperature
         self.rescore = model.dtype != torch.float32 if rescore is None else rescore
+        self._share, self._share_checked = share, False
         self._prepared = Cache()
         self._masks: tuple[float, int] | None = None
         super().__init__(model, lora=_within(model, lora), **trained)
@@ -111,11 +114,9 @@ class TextPolicy(Trained):
         The log-probabilities of the whole vocabulary are made for these places alone, a part at a time, and again in
         the backward pass where there are several parts.
         """
-        seen, states = self._states(tokens)
+        states = self._states(tokens)
         rows, places = tokens.mask.to(states.device).nonzero(as_tuple=True)
-        # The state before a token is that which says how probable it is.
-        before = states[rows, places + (seen - 1)]
-        ids = tokens.ids.to(states.device)[rows, places]
+        before, ids = states[rows, places], tokens.ids.to(states.device)[rows, places]
 
         def table(column: Tensor) -> Tensor:
             return torch.zeros(tokens.ids.shape, device=states.device).index_put((rows, places), column)
@@ -157,13 +158,61 @@ class TextPolicy(Trained):
         finally:
             self._masks = before
 
-    def _states(self, tokens: Tokens) -> tuple[int, Tensor]:
-        """How many places stand before the answers, and the last states of all places [N, that + S, H]."""
+    def _states(self, tokens: Tokens) -> Tensor:
+        """The last state before each place of the answers, [N,S,H]: that which says how probable its token is."""
         inputs = tokens.inputs if self._masks is None else self._masked(tokens.inputs, *self._masks)
+        shares = self._share and not (self.model.forgets and torch.is_grad_enabled())
+        # Answers of one token each have nothing that could go on from a prompt.
+        if not shares or tokens.ids.shape[1] < 2 or len({id(one.ids) for one in inputs}) == len(inputs):
+            return self._states_apart(inputs, tokens)
+        if not self._share_checked:
+            self._share, self._share_checked = self._can_share(inputs, tokens), True
+        return self._states_shared(inputs, tokens) if self._share else self._states_apart(inputs, tokens)
+
+    def _states_apart(self, inputs: Sequence[Inputs], tokens: Tokens) -> Tensor:
+        """Each row with a prompt of its own."""
         batch = collate(inputs, tokens.ids, tokens.present, self.model.pad_id)
         self.calls[self._role] += int(batch["attention_mask"].sum())
         states, _ = self.model.states(batch)
-        return states.shape[1] - tokens.ids.shape[1], states
+        return states[:, states.shape[1] - tokens.ids.shape[1] - 1 : -1]
+
+    def _states_shared(self, inputs: Sequence[Inputs], tokens: Tokens) -> Tensor:
+        """Each prompt is read once, and all its answers go on from there, with one graph."""
+        model = self.model
+        number: dict[int, int] = {}
+        index = torch.tensor([number.setdefault(id(one.ids), len(number)) for one in inputs])
+        first = [index.tolist().index(p) for p in range(len(number))]
+        prompts = [replace(inputs[i], later=()) for i in first]
+        none = tokens.ids.new_zeros(len(prompts), 0)
+        before = collate(prompts, none, none.bool(), model.pad_id)
+        longest = before["input_ids"].shape[1]
+        # Positions of an answer depend on the sizes of its prompt's pictures, not on the pictures.
+        batch = collate(inputs, tokens.ids, tokens.present, model.pad_id, model.places_by)
+        positions = model.positions(batch)
+        states, cache = model.states(before | {"position_ids": positions[..., first, :longest]}, use_cache=True)
+        index = index.to(states.device)
+        cache.reorder_cache(index)
+        self.calls[self._role] += int(before["attention_mask"].sum() + tokens.present.sum())
+        pictures = later_media(inputs)
+        answers = {
+            "input_ids": batch["input_ids"][:, longest:-1],
+            "attention_mask": batch["attention_mask"][:, :-1],
+            "position_ids": positions[..., longest:-1],
+            **pictures,
+        }
+        after, _ = model.states(answers, cache, use_cache=True)
+        return torch.cat([states[index, -1:], after], dim=1)
+
+    @torch.no_grad()
+    def _can_share(self, inputs: Sequence[Inputs], tokens: Tokens) -> bool:
+        """Whether the network says the same after a cache of several places, which recurrent layers may not heed."""
+        if tokens.ids.shape[1] < 2:
+            return True
+        calls = Counter(self.calls)
+        apart, shared = self._states_apart(inputs, tokens).float(), self._states_shared(inputs, tokens).float()
+        self.calls = calls  # a look of our own
+        there = tokens.present.to(apart.device)
+        return bool((apart - shared)[there].abs().mean() < 0.02 * apart[there].std())
 
     def _scored(self, states: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [M] of the tokens `ids` [M] after `states` [M,H]."""

@@ -88,14 +88,14 @@ class Writer:
                 seen.append(distorted if noisy[member] else shown)
         server = self.server if training else None
         talks = self._talks(rows, seen, temperature, batch_size, server)
-        clean = [self.inputs(prompts[p]) for p in index] if any(noisy) else None
-        written = self._written(talks, index, clean, server is not None)
+        shown_later = [self.inputs(prompts[p]) for p in index] if any(noisy) else None
+        written = self._written(talks, index, shown_later, server is not None)
         if judge is not None and any(CORRECTED in prompt.metadata for prompt in prompts):
             wrong = torch.tensor(judge(written)).view(len(prompts), members).tolist()
             for place, (prompt, is_wrong) in enumerate(zip(prompts, wrong, strict=True)):
                 for member in corrections(prompt, is_wrong, seed=seed, iteration=iteration):
                     talks[place * members + member] = self._solved(talks[place * members + member])
-            written = self._written(talks, index, clean, server is not None)
+            written = self._written(talks, index, shown_later, server is not None)
         return replace(
             written,
             values=self._asked(written.tokens, self.policy.values) if needs and needs.value else None,

@@ -42,10 +42,11 @@ class Row:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def read_rows(source: str | Path | Sequence[str], split: str = "train") -> Iterator[Row]:
+def read_rows(source: str | Path | Sequence[str | Mapping[str, Any]], split: str = "train") -> Iterator[Row]:
     """The rows of a source as they are, one at a time; texts in a list have no pictures. Files have no splits."""
     if not isinstance(source, str | Path):
-        yield from (Row(f"prompt {n} of the list", {"prompt": text}, Path()) for n, text in enumerate(source))
+        rows = ({"prompt": row} if isinstance(row, str) else dict(row) for row in source)
+        yield from (Row(f"prompt {n} of the list", row, Path()) for n, row in enumerate(rows))
         return
     name, _, kinds = str(source).partition(":")
     if name == BUILT_IN:

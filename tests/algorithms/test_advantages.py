@@ -555,7 +555,9 @@ def test_other_means_equal_the_loop(std, unbiased):
 def test_one_left_out_of_the_batch():
     rewards = torch.tensor([1.0, 0.0, 0.5, NAN, 2.0])
     found = group_advantages(rewards, torch.arange(5), "none", baseline="leave_one_out", mean="batch")
-    others = [np.mean([r for j, r in enumerate((1.0, 0.0, 0.5, None, 2.0)) if r is not None and j != i]) for i in range(5)]
+    others = [
+        np.mean([r for j, r in enumerate((1.0, 0.0, 0.5, None, 2.0)) if r is not None and j != i]) for i in range(5)
+    ]
     expected = [1.0 - others[0], -others[1], 0.5 - others[2], 0.0, 2.0 - others[4]]
     assert found.value.tolist() == pytest.approx(expected)
 

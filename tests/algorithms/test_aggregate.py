@@ -100,7 +100,9 @@ def test_parts_add_up_to_the_whole(mode, size):
 def test_what_does_not_count_may_be_anything(mode):
     loss, mask = table()
     wild = loss.where(mask, torch.nan)
-    torch.testing.assert_close(aggregate(wild, mask, mode, horizon_of(mode)), aggregate(loss, mask, mode, horizon_of(mode)))
+    torch.testing.assert_close(
+        aggregate(wild, mask, mode, horizon_of(mode)), aggregate(loss, mask, mode, horizon_of(mode))
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)

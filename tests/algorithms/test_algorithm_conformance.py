@@ -212,7 +212,7 @@ def test_credit_follows_the_samples_order(cls):
 
 @every_writer
 def test_answers_have_credit_or_leave_training(cls):
-    """One finite number an answer or a token, fp32, and NaN for an answer without a verdict, whatever the others got."""
+    """One number an answer or a token, fp32, and NaN for an answer without a verdict, whatever the others got."""
     algorithm, policy = make(cls, k=2), Words()
     before = answers(policy, algorithm)
     rewards = before.rewards.clone()

@@ -34,7 +34,9 @@ def test_weights_of_tokens_by_cases(mode, expected):
     assert not found.requires_grad
 
 
-@pytest.mark.parametrize(("level", "weight"), [("sequence", 0.25 * 3 * 1.5), ("geometric", (0.25 * 3 * 1.5) ** (1 / 3))])
+@pytest.mark.parametrize(
+    ("level", "weight"), [("sequence", 0.25 * 3 * 1.5), ("geometric", (0.25 * 3 * 1.5) ** (1 / 3))]
+)
 @pytest.mark.parametrize(("mode", "high"), [("tis", 1.0), ("mis", 1.0), ("mis", 2.0), ("icepop", 2.0)])
 def test_weights_of_answers_are_products_over_their_tokens(level, weight, mode, high):
     found = importance_weights(LOG_W, MASK, mode, level, 0.5, high)
@@ -93,7 +95,9 @@ def test_k1_bounds_the_ratio_the_right_way_round():
     """Above the upper bound is an answer that the trained policy likes better than the engine did."""
     liked = torch.tensor([[1.0, 1.0]])
     mask = torch.ones(1, 2, dtype=torch.bool)
-    assert rejected(liked, mask, "mean_k1", -10.0, 0.5).all() and not rejected(-liked, mask, "mean_k1", -10.0, 0.5).any()
+    assert (
+        rejected(liked, mask, "mean_k1", -10.0, 0.5).all() and not rejected(-liked, mask, "mean_k1", -10.0, 0.5).any()
+    )
 
 
 def test_only_bad_and_far_answers_are_left_out():

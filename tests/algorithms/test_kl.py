@@ -61,7 +61,7 @@ def two_policies(num=6, words=5):
 
 
 def expectation(policy, reference, form):
-    """Sum over all words of probability times estimate, the probability cut from the graph: one gradient step's mean."""
+    """Sum over all words of probability times estimate, the probability cut from the graph: the mean of a step."""
     words = torch.arange(policy.probs.shape[1])[:, None].expand(-1, policy.probs.shape[0])
     each = token_kl(policy.log_prob(words), reference.log_prob(words), form)
     return (policy.probs.detach().T * each).sum(0)

@@ -5,6 +5,7 @@ Symbols: P prompts, K answers a prompt, N = P K answers, S places, V = 6 words; 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ HOLE = 2
 class Words(nn.Module):
     """The next word by the last one and by a picture: logits = table[last] + seen[picture]; pictures are prompts.
 
-    `tables` are the weights' dtype float64 so that gradients compare to rounding.
+    All is float64, so that gradients compare to rounding. `gold` are the prompts' worked answers.
     """
 
     def __init__(self, prompts: int = 4, seed: int = 0, gold: Sequence[Sequence[int] | None] = ()) -> None:
@@ -112,8 +113,7 @@ def write(policy: Words, prompts: int = 4, k: int = 4, seed: int = 0) -> Tokens:
 
 
 def tokens_with(tokens: Tokens, **changed: Any) -> Tokens:
-    from dataclasses import replace
-
+    """The table with other columns."""
     return replace(tokens, inputs=tokens.inputs, **changed)
 
 

@@ -23,6 +23,7 @@ from flowrl.shapes.pretrain_vlm import (
     build_model,
     build_processor,
     called,
+    emphasis_of,
     eyes_loss,
     grade,
     labels_of,
@@ -216,16 +217,25 @@ def _unpadded(inputs):
     return [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
 
 
-def test_the_loss_is_the_mean_over_labelled_tokens(processor):
+def test_the_loss_is_the_weighted_mean_over_labelled_tokens(processor):
     torch.manual_seed(0)
     model = build_model(processor.tokenizer).eval()
     inputs, labels = lessons(processor, Habits(), 6, seed=0)
     with torch.no_grad():
-        ours = loss_of(model, inputs, labels)
+        weights = emphasis_of(inputs["input_ids"], processor.tokenizer, 3.0)
+        ours = loss_of(model, inputs, labels, weights)
         log_probs = model(**inputs).logits.log_softmax(-1)[:, :-1]
     wanted = labels[:, 1:]
     picked = log_probs.gather(2, wanted.clamp_min(0)[..., None])[..., 0]
-    assert ours.item() == pytest.approx(-picked[wanted != -100].mean().item(), rel=1e-5)
+    heavy = weights[:, 1:][wanted != -100]
+    assert ours.item() == pytest.approx(-(heavy * picked[wanted != -100]).sum().item() / heavy.sum().item(), rel=1e-5)
+
+
+def test_what_the_loss_emphasises(processor):
+    text = "<assistant> <think> red star at 8 , 24 </think> <answer> [ 1 , 2 ] </answer> <eos>"
+    ids = torch.tensor([processor.tokenizer(text).input_ids])
+    heavy = emphasis_of(ids, processor.tokenizer, 5.0) == 5
+    assert processor.tokenizer.decode(ids[heavy]) == "8 24 [ 1 , 2 ]"
 
 
 def test_every_part_of_a_view_is_labelled_with_what_is_in_it(processor):
@@ -265,7 +275,11 @@ def trained(processor, folder, steps=20):
 def test_a_few_steps_lower_the_loss_and_a_stop_changes_nothing(processor, tmp_path, monkeypatch):
     inputs, labels = lessons(processor, CAREFUL, 24, seed=1)
     at_once = trained(processor, tmp_path / "at once")
-    assert loss_of(at_once, inputs, labels) < 0.9 * loss_of(build_model(processor.tokenizer), inputs, labels)
+    before, after = (
+        loss_of(model, inputs, labels, torch.ones(labels.shape)).item()
+        for model in (build_model(processor.tokenizer), at_once)
+    )
+    assert after < 0.9 * before
 
     calls = []
 

@@ -234,7 +234,7 @@ def test_micro_batches_change_nothing(text_run, mode, updates):
         "optimizer.updates_per_iteration": updates,
     }
     whole, told = trained(text_run, "whole", base)
-    for size in (1, 2, 5):
+    for size in (1, 2):
         cut, rows = trained(text_run, f"cut{size}", {**base, "optimizer.micro_batch": size})
         assert (cut - whole).abs().max() < 1e-6
         assert rows[1]["grad_norm"] == pytest.approx(told[1]["grad_norm"], rel=1e-4)
@@ -469,7 +469,7 @@ def test_a_folder_of_another_kind_is_refused(text_run, tiny_model):
 def test_other_mistakes_are_told_with_their_keys(vlm_tree, tmp_path):
     text = problems(vlm_tree, tmp_path, {
         "rewards": [{"use": "verifiers.exat"}], "data.on_dead_group": "hnit", "model.path": "./nowhere",
-        "generation.tools": {"use": ["zom"]},
+        "generation.tools": {"use": ["zom"]}, "data.max_tries": 2, "data.filters": ["informative"],
     })  # fmt: skip
     for key, told in (
         ("rewards", "verifiers.exact"), ("data.on_dead_group", "hint"), ("model.path", "does not exist"),

@@ -262,7 +262,12 @@ EACH = [
 def facts_of(rewards, seed=0):
     generator = torch.Generator().manual_seed(seed)
     draw = torch.rand(3, len(rewards), generator=generator, dtype=torch.float64)
-    return {"right": (draw[0] > 0.5).double(), "truncated": (draw[1] > 0.7).double(), "tokens": (10 * draw[2]).ceil()}
+    return {
+        "right": (draw[0] > 0.5).double(),
+        "truncated": (draw[1] > 0.7).double(),
+        "over_turns": (draw[1] < 0.2).double(),
+        "tokens": (10 * draw[2]).ceil(),
+    }
 
 
 def test_there_is_a_filter_of_each_kind_here():

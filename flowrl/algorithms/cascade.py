@@ -26,8 +26,12 @@ class Cascade(Hyperparameters):
     stage draws some, of the same initial model, so that nothing is stored.
     """
 
-    offline: Annotated[Stage, Field(description="The first stage: {name: ..., its settings}.")] = {"name": "token_mpo"}
-    online: Annotated[Stage, Field(description="The second stage: {name: ..., its settings}.")] = {"name": "gspo"}
+    offline: Annotated[
+        Stage, Field(description="The first stage: {name: ..., its settings}.", validate_default=True)
+    ] = {"name": "token_mpo"}
+    online: Annotated[
+        Stage, Field(description="The second stage: {name: ..., its settings}.", validate_default=True)
+    ] = {"name": "gspo"}
     switch: Annotated[int, Field(description="Iterations of the first stage.", ge=1)] = 20
 
     @field_validator("offline", "online")

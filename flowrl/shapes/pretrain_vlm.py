@@ -18,7 +18,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ from flowrl.shapes.questions import (
     Digit,
     Question,
     Scene,
+    about,
     draw,
     make,
     thought,
@@ -112,6 +113,9 @@ CAREFUL = Habits(
     thinks=0.75, slips=0.0, slips_thinking=0.0, box_near=_EXACT, box_far=_EXACT, zooms=1.0, finds=1.0, untagged=0.0
 )
 """The teacher of sight."""
+TALKATIVE = replace(CAREFUL, thinks=0.15, zooms_idly=0.0)
+"""The teacher of talk."""
+TURNS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,11 +274,31 @@ def lessons(processor: Any, habits: Habits, count: int, seed: int) -> tuple[Any,
     return inputs, labels_of(inputs["input_ids"], processor.tokenizer)
 
 
+def talks(processor: Any, count: int, seed: int) -> tuple[Any, Tensor]:
+    """A batch of `count` pictures with a careful teacher's answers to TURNS questions each, as `lessons` has them."""
+    from PIL import Image
+
+    rng = random.Random(seed)
+    texts, pictures = [], []
+    for _ in range(count):
+        scene = make(rng.choice(("count", "relation")), rng.randrange(120), rng).scene
+        cases: list[Case] = []
+        while len(cases) < TURNS:
+            case = about(scene, rng.choice(KINDS[:-1]), rng)
+            cases += [] if case is None else [case]
+        turns = [f"{case.text} <assistant> {teach(case, TALKATIVE, rng).text} <eos>" for case in cases]
+        texts.append(f"<bos> <user> <image> {' <user> '.join(turns)}")
+        pictures.append([Image.fromarray(draw(scene, rng))])
+    inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+    return inputs, labels_of(inputs["input_ids"], processor.tokenizer)
+
+
 def labels_of(ids: Tensor, tokenizer: Any) -> Tensor:
     """The labels [N,T] of token ids [N,T], as `lessons` describes them."""
-    names = ["<eos>", "<assistant>", "<tool_response>", "</tool_response>"]
-    eos, assistant, opening, closing = tokenizer.convert_tokens_to_ids(names)
-    said = ((ids == assistant).cumsum(1) > 0) & (ids != assistant)
+    names = ["<eos>", "<user>", "<assistant>", "<tool_response>", "</tool_response>"]
+    eos, user, assistant, opening, closing = tokenizer.convert_tokens_to_ids(names)
+    turns = (ids == assistant).cumsum(1)
+    said = (turns > 0) & (turns == (ids == user).cumsum(1)) & (ids != assistant)
     told = ((ids == opening).cumsum(1) > (ids == closing).cumsum(1)) | (ids == closing)
     labels = torch.where(said & ~told, ids, -100)
     ends_here = (ids == opening) & (ids.roll(1, 1) != eos)
@@ -311,11 +335,13 @@ class Term:
     habits: Habits = CAREFUL
 
 
-def train(recipe: Recipe, folder: Path, model: nn.Module, processor: Any, term: Term) -> None:
-    """Train the model for one term, or what is left of it, and put the averaged weights into it."""
+def train(
+    recipe: Recipe, folder: Path, model: nn.Module, processor: Any, term: Term, batch: Callable[[int], tuple[Any, Tensor]]
+) -> None:
+    """Train the model for one term, or what is left of it, on the batch of each seed; the averaged weights stay."""
 
     def loss(seed: int) -> Tensor:
-        inputs, labels = lessons(processor, term.habits, recipe.batch, seed)
+        inputs, labels = batch(seed)
         weights = emphasis_of(inputs["input_ids"], processor.tokenizer, recipe.emphasis)
         return loss_of(model, inputs, labels, weights)
 

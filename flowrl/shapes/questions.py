@@ -284,6 +284,41 @@ def make(kind: str, turn: int, rng: random.Random, split: str = "train") -> Case
     return case
 
 
+def about(scene: Scene, kind: str, rng: random.Random) -> Case | None:
+    """A random question of a kind, not of digits, about a given scene; None where the scene allows for none.
+
+    Right answers are as frequent as scenes make them; "how many" may be none.
+    """
+    things = scene.things
+    names = [thing.name for thing in things]
+    single = [thing for thing in things if names.count(thing.name) == 1]
+    if kind == "count":
+        what = rng.choice([*SHAPES, *COLORS])
+        right = sum(what in (thing.shape, thing.color) for thing in things)
+        return Case(kind, f"how many {what}s are there ?" if what in SHAPES else f"how many {what} things are there ?", right, scene)
+    if kind == "color":
+        shapes = [thing.shape for thing in things]
+        alone = [thing for thing in things if shapes.count(thing.shape) == 1]
+        if not alone:
+            return None
+        thing = rng.choice(alone)
+        return Case(kind, f"what color is the {thing.shape} ?", thing.color, scene, (thing,))
+    if kind == "yes_no":
+        near = f"{rng.choice(things).color} {rng.choice(things).shape}"
+        name = rng.choice([near, rng.choice(names)])
+        return Case(kind, f"is there a {name} ?", "yes" if name in names else "no", scene)
+    if kind == "box":
+        if not single:
+            return None
+        thing = rng.choice(single)
+        return Case(kind, f"where is the {thing.name} ?", thing.box, scene, (thing,))
+    pairs = [(a, b, side) for a in single for b in single if (side := _side(a.cell, b.cell)) is not None]
+    if not pairs:
+        return None
+    a, b, side = rng.choice(pairs)
+    return Case(kind, f"is the {a.name} left , right , above or below the {b.name} ?", side, scene, (a, b))
+
+
 def thought(case: Case) -> str:
     """What one who looks would note before answering."""
     if case.scene.digit is not None:

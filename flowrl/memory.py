@@ -378,13 +378,13 @@ def _fewer_answers(config: Config, during: Phase | None) -> Iterator[Saving]:
     assert config.generation is not None
     answers = config.data.prompts_per_iteration * config.data.samples_per_prompt
     portions = (
-        ("evaluation", "data.evaluation.batch_size", config.data.evaluation.batch_size, "answered at a time"),
-        ("rollout", "generation.batch_size", config.generation.batch_size or answers, "written at a time; slower"),
+        ("evaluation", "data.evaluation.batch_size", config.data.evaluation.batch_size, "of an evaluation at a time"),
+        ("rollout", "generation.batch_size", config.generation.batch_size or answers, "written at a time, slower"),
         ("update", "optimizer.micro_batch", config.optimizer.micro_batch or answers, "in one backward pass"),
     )
     for phase, key, size, why in portions:
         if size > 1 and during in (None, phase):
-            yield Saving(key, size // 2, f"fewer answers {why}, the same result")
+            yield Saving(key, size // 2, f"fewer answers {why}; the same result")
 
 
 def _kept_elsewhere(config: Config) -> Iterator[Saving]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,14 @@ def smallest(path: str | Path, overrides: Sequence[str]) -> Config:
 
 def smoke(path: str | Path, overrides: Sequence[str], say: Callable[[str], None]) -> Path:
     """One iteration, a checkpoint, the rest from that checkpoint, the export, and a sample of it; the run's folder."""
-    from flowrl.train import Trainer
+    from flowrl.train import Interrupted, Trainer
 
     config = smallest(path, overrides)
     folder = Path(config.output_dir)
     shutil.rmtree(folder, ignore_errors=True)
-    first = config.model_copy(update={"iterations": 1})
-    with _timed(say, "one iteration, with rewards and an evaluation"):
-        trainer = Trainer(first)
+    with _timed(say, "one iteration, with rewards and an evaluation"), suppress(Interrupted):
+        trainer = Trainer(config)
+        trainer.signal = signal.SIGTERM  # as if it had been asked to stop: it does after the first iteration
         trainer.run()
     with _timed(say, "resumed from its checkpoint, one more"):
         trainer = Trainer(config, resume=True)

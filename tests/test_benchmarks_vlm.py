@@ -1,4 +1,4 @@
-"""The benchmarks of models that write: every method has its config, and the page says what the files of the runs say."""
+"""The benchmarks of models that write: every method has its config, and the page says what the runs' files say."""
 
 import json
 import statistics
@@ -11,6 +11,7 @@ from benchmarks import learning, vlm
 from flowrl.config import load_config
 from flowrl.resolve import resolve
 from flowrl.train import Trainer
+from flowrl.types import Hyperparameters
 
 pytestmark = pytest.mark.slow
 
@@ -55,8 +56,6 @@ def test_every_method_that_writes_has_a_config_of_its_name():
     methods = {path.stem for path in Path("flowrl/algorithms").glob("*.py")}
     needs = {name: load_config(path).algorithm.build().needs for name, path in found.items()}
     assert all(need.tokens for need in needs.values())
-    from flowrl.types import Hyperparameters
-
     writes = set()
     for name in methods:
         try:

@@ -42,6 +42,11 @@ class PassKGRPO(AnswerCredit):
             raise ValueError("adv_eps and unbiased belong to k=null, whose std is one of rewards; leave them out.")
         return self
 
+    @property
+    def fewest_samples(self) -> int:
+        """One more than k: with k answers there is but one set of them."""
+        return (self.k or 1) + 1
+
     def advantages(self, batch: TokenBatch, rewards: Tensor) -> Advantages:
         """Of each answer over all sets of k of its group, or of the best one."""
         group = batch.group.cpu()

@@ -55,8 +55,9 @@ def ask(
     changes: dict[str, Any] = {"tools": ToolsConfig(use=tuple(tools))} if tools else {}
     changes |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
     settings = settings.model_copy(update=changes)
-    asks = {} if config is None else {"template": config.data.template, "system": config.data.system}
-    (prompt,) = load_questions([{"prompt": question, "images": [str(picture) for picture in pictures]}], **asks)
+    template, system = (None, None) if config is None else (config.data.template, config.data.system)
+    row = {"prompt": question, "images": [str(picture) for picture in pictures]}
+    (prompt,) = load_questions([row], template=template, system=system)
     policy = finished_of(section, settings, default_device(), weights and weights_of(weights))
     written = Writer(policy, settings)(
         [prompt], [0], members=1, seed=seed, iteration=EVALUATION, temperature=temperature

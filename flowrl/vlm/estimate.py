@@ -1,7 +1,8 @@
 """`flowrl plan` of a model that writes: memory and work from its configuration and the first questions alone.
 
-No weights are read. The language model is built without storage (torch's meta device) and walked once over a question and an answer of the
+The language model is built without storage (torch's meta device) and walked once over a question and an answer of the
 largest length, as `flowrl.estimate` walks a generator. The vision tower counts as two operations a weight and patch.
+No weights are read.
 
 Note: an estimate, and an upper one: answers end before their limit. It leaves out temporary buffers and fragmentation.
 

@@ -676,6 +676,7 @@ def test_groups_of_one_are_refused(algorithm):
 
 
 def test_as_many_answers_as_k_are_refused():
+    assert (PassKGRPO().fewest_samples, PassKGRPO(k=None).fewest_samples) == (5, 2)
     with pytest.raises(AlgorithmError, match="samples_per_prompt=4 leaves no choice of k=4"):
         batch_of(Words(), PassKGRPO())
 

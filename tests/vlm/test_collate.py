@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowrl.vlm.collate import Cache, Inputs, asked, collate, split, whole
+from flowrl.vlm.collate import Cache, Inputs, asked, collate, later_media, split, whole
 from tests.vlm.policies import NAMES, QUESTIONS, RESPONSE, load, picture
 
 pytestmark = pytest.mark.slow
@@ -102,6 +102,9 @@ def test_what_is_packed_follows_the_rows():
     second = of(2, media={"pixels": pixels(3, 1), "sizes": torch.tensor([[5, 5]])})
     batch = collate([first, of(3), second], *none(3), pad_id=0)
     assert batch["pixels"][:, 0].tolist() == [1, 1, 2, 3] and batch["sizes"].tolist() == [[5, 5]]
+    assert later_media([first, of(3), second])["pixels"][:, 0].tolist() == [2]
+    sizes = collate([first, of(3), second], *none(3), pad_id=0, media={"sizes"})
+    assert "pixels" not in sizes and torch.equal(sizes["sizes"], batch["sizes"])
 
 
 def test_missing_tiles_are_zeros():

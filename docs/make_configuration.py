@@ -11,18 +11,20 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from flowrl import config
+from flowrl import config, curriculum, filters
 from flowrl.config import algorithm_class
 from flowrl.resolve import available as names_in
 from rewards import available, build, traits_of
 from rewards.resolve import resolve
+from rewards.verifiers import names
+from rewards.verifiers.types import FIELDS
 
 PAGE = Path(__file__).with_name("configuration.md")
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -64,7 +66,14 @@ SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("rewards.*", config.RewardEntry, "rewards"),
     ("rewards.*.gate", config.GateConfig, "rewards.\\*.gate"),
     ("data", config.DataConfig, "data"),
+    ("data.filters.*", config.FilterEntry, "data.filters.\\*"),
+    ("data.replay", config.ReplayConfig, "data.replay"),
     ("data.evaluation", config.EvaluationConfig, "data.evaluation"),
+    ("generation", config.GenerationConfig, "generation"),
+    ("generation.forced_answer", config.ForcedAnswerConfig, "generation.forced_answer"),
+    ("generation.tools", config.ToolsConfig, "generation.tools"),
+    ("generation.server", config.ServerConfig, "generation.server"),
+    ("generation.noisy", config.NoisyConfig, "generation.noisy"),
     ("optimizer", config.OptimizerConfig, "optimizer"),
     ("engine", config.EngineConfig, "engine"),
     ("log", config.LogConfig, "log"),
@@ -88,7 +97,7 @@ def page() -> str:
         parts.append(table(section.model_fields))
         if prefix == "algorithm":
             parts += list(algorithms())
-    return "\n".join([*parts, *reward_options(), *resuming()])
+    return "\n".join([*parts, *reward_options(), *verifier_options(), *function_options(), *resuming()])
 
 
 def algorithms() -> Iterator[str]:
@@ -113,6 +122,34 @@ def reward_options() -> Iterator[str]:
     yield ""
 
 
+def verifier_options() -> Iterator[str]:
+    """The same of the verifiers of text."""
+    yield "## Options of the verifiers\n"
+    yield "| name | range | options | what it is |\n|---|---|---|---|"
+    for name in names.available():
+        target = names.resolve(name)
+        given = {*FIELDS, "progress", *getattr(target, "wants", ())}
+        span = f"{target.range[0]:g} to {target.range[1]:g}" if target.range else "–"
+        yield _row(f"`{name}`", span, _options(target, given), _first_line(target))
+    yield ""
+
+
+def function_options() -> Iterator[str]:
+    """Filters and curricula, which are functions."""
+    for module, title, given in (
+        (filters, "data.filters", {"rewards", "group", "facts", "key"}),
+        (curriculum, "data.curriculum", {"history", "prompts", "iteration"}),
+    ):
+        yield f"## Options of {title}\n"
+        yield "| name | options | what it keeps or wants |\n|---|---|---|"
+        for name in module.available():
+            target = getattr(module, name)
+            needed = [p.name for p in _parameters(target, given) if p.default is p.empty]
+            told = ", ".join([*(f"`{key}` **needed**" for key in needed), _options(target, given)])
+            yield _row(f"`{name}`", told.removesuffix(", –"), _first_line(target))
+        yield ""
+
+
 def resuming() -> Iterator[str]:
     """Which keys may differ when a run is taken up again: those that are not part of its identity."""
     found = config.load_config(QUICKSTART)
@@ -123,8 +160,8 @@ def resuming() -> Iterator[str]:
     yield (
         "A resumed run must be the same run. These keys may differ all the same, since they say where, how fast and\n"
         f"how often, not what: {listed}.\n\n"
-        "With a constant learning rate `iterations` may change too. Any other difference is refused, and the message\n"
-        "lists it.\n"
+        "With a constant learning rate `iterations` of a model that makes media may change too. Any other\n"
+        "difference is refused, and the message lists it.\n"
     )
 
 
@@ -183,9 +220,14 @@ def plain(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
-def _options(target: Any) -> str:
-    given = [p for p in inspect.signature(target).parameters.values() if p.default is not p.empty]
+def _options(target: Any, known: Collection[str] = ()) -> str:
+    """Parameters with their defaults, but for those in `known`."""
+    given = [p for p in _parameters(target, known) if p.default is not p.empty]
     return ", ".join(f"`{p.name}: {plain(p.default)}`" for p in given) or "–"
+
+
+def _parameters(target: Any, known: Collection[str]) -> list[inspect.Parameter]:
+    return [p for p in inspect.signature(target).parameters.values() if p.name not in known]
 
 
 def _first_line(thing: Any) -> str:

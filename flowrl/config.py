@@ -284,6 +284,8 @@ class DataConfig(Section):
     """System message of every conversation with a model that writes."""
     fields: dict[Word, Word] | None = None
     """Columns of questions that are called otherwise: {answer: solution} reads `answer` from `solution`."""
+    video_frames: Count = 8
+    """Frames that a model is shown of a question's video, evenly spaced; all, where it has fewer."""
     drop_options: bool = False
     """Multiple choice becomes an open question, where that is possible: nothing is won by guessing (Ovis2.5)."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -499,6 +501,8 @@ class Config(Section):
         if isinstance(data, Mapping) and isinstance(data.get("filters"), list):
             filters = [{"use": entry} if isinstance(entry, str) else entry for entry in data["filters"]]
             tree["data"] = {**data, "filters": filters}
+        if isinstance(section := tree.get("algorithm"), Mapping):
+            tree["algorithm"] = _with_horizon(section, tree.get("generation"))
         if not tree.get("output_dir") and isinstance(tree.get("name"), str):
             tree["output_dir"] = f"runs/{tree['name']}"
         for key in ("rewards", "eval_rewards"):
@@ -516,6 +520,19 @@ class Config(Section):
         if conflicts:
             raise ValidationError.from_exception_data("Config", [_conflict(key, text) for key, text in conflicts])
         return self
+
+
+def _with_horizon(section: Mapping[str, Any], generation: Any) -> Mapping[str, Any]:
+    """Where a method divides sums over tokens by a constant and nobody says which, it is the longest answer."""
+    try:
+        known = algorithm_class(section["name"]).model_fields
+    except (ValidationError, KeyError, TypeError):
+        return section  # told where the section is read
+    mode = section.get("aggregate", known["aggregate"].default) if "aggregate" in known else None
+    if mode != "seq_mean_token_sum_norm" or "horizon" in section or not isinstance(generation, Mapping):
+        return section
+    longest = generation.get("max_new_tokens", GenerationConfig.model_fields["max_new_tokens"].default)
+    return {**section, "horizon": longest} if isinstance(longest, int) else section
 
 
 # ------------------------------------------------------------------------------------------------ cross-checks
@@ -649,13 +666,22 @@ def _text_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, str]]
         yield ("optimizer", "update"), "single_pass is for media; leave it out"
     if config.data.replay is not None:
         tools = config.generation.tools is not None
-        for what, given in (("a value head", algorithm.needs.value), ("pairs of answers", algorithm.needs.whole_groups),
+        for what, given in (("values", algorithm.needs.value or algorithm.needs.continuations > 0),
+                            ("pairs of answers", algorithm.needs.whole_groups),
                             ("tools, whose pictures are not remembered", tools)):  # fmt: skip
             if given:
                 yield ("data", "replay"), f"does not go together with {what}; leave it out"
     if config.generation.server is not None and config.generation.tools is not None:
         text = "a server can begin answers, and not go on with them after a tool has spoken; leave one of the two out"
         yield ("generation", "server"), text
+    for key in ("tools", "forced_answer") if algorithm.needs.continuations else ():
+        if getattr(config.generation, key) is not None:
+            text = "continuations are answers of one turn, that end by themselves; leave it out, or set values=head"
+            yield ("generation", key), text
+    for index, entry in enumerate(config.rewards if algorithm.needs.continuations else ()):
+        if entry.norm == "rank":
+            text = "ranks the answers of a group, and continuations are of none; leave it out, or set values=head"
+            yield ("rewards", index, "norm"), text
     if config.data.on_dead_group is not None and (config.data.max_tries == 1 or not config.data.filters):
         text = "helps in a further try, and there is none; set data.max_tries=2 and data.filters=[informative]"
         yield ("data", "on_dead_group"), text

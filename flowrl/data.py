@@ -37,6 +37,7 @@ SOURCE = "source"
 PICTURES = ("reference", SOURCE)
 """Fields of a row that hold paths of pictures."""
 IMAGES = "images"
+VIDEOS = "videos"
 """Metadata of a question: the pictures that it is about, paths or PIL images (`flowrl.vlm.data`)."""
 SPLITS = ("train", "held_out")
 PAIRS = "pairs.jsonl"
@@ -90,6 +91,9 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
             metadata[key] = [_contents(path) for path in ([given] if isinstance(given, str) else given)]
         if isinstance(images := metadata.get(IMAGES), list):
             metadata[IMAGES] = [_contents(image) if _is_picture(image) else image for image in images]
+        if isinstance(videos := metadata.get(VIDEOS), list):
+            frames = [[video] if isinstance(video, str) else video for video in videos]
+            metadata[VIDEOS] = [[_contents(one) if _is_picture(one) else one for one in video] for video in frames]
         digest.update(json.dumps([prompt.text, metadata], sort_keys=True, default=repr).encode())
     return digest.hexdigest()
 

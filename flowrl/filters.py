@@ -238,18 +238,19 @@ class Filters:
         }
 
 
-def times(batch: AnyBatch, counts: Tensor) -> Tensor:
+def times(batch: AnyBatch, counts: Tensor, whole_units: bool = False) -> Tensor:
     """How often each row of this process's batch is trained on, int64 [R], from `Kept.counts` [B] of all samples.
 
-    A row counts as its sample does; a stored step that several samples share as the one of them that counts most.
-    `batch.place` must be known.
+    A row counts as its sample does; a stored step that several samples share as the one of them that counts most. With
+    `whole_units` (`Needs`) the draws of a unit count once where all of its samples stay. `batch.place` must be known.
     """
     assert batch.place is not None
     own = counts[batch.place.cpu()]
     if isinstance(batch, TokenBatch):
         return own
     if batch.draws is not None:
-        return own[batch.draws.sample.cpu()]
+        of_draw = own[batch.draws.sample.cpu()]
+        return _of_units(of_draw, batch.draws.unit.cpu()) if whole_units else of_draw
     leaves = batch.trajectory.leaves.cpu()
     return (leaves * own).amax(1) if leaves.numel() else own.new_zeros(len(leaves))
 
@@ -427,6 +428,13 @@ def _of_groups(values: Tensor, group: Tensor, wanted: Callable[[Tensor], bool]) 
     """Samples of the groups whose known values are as wanted, bool [B]."""
     names = [name for name, members in _groups(values, group) if wanted(values[members])]
     return _in(group, names)
+
+
+def _of_units(counts: Tensor, unit: Tensor) -> Tensor:
+    """1 for the draws [N] of units of which every one counts, else 0."""
+    names, member = torch.unique(unit, return_inverse=True)
+    least = counts.new_ones(len(names)).scatter_reduce(0, member, counts, "amin")
+    return least[member]
 
 
 def _in(group: Tensor, names: Sequence[int]) -> Tensor:

@@ -212,7 +212,8 @@ class Trainer:
             among = table if kept is None else table.where(kept.in_groups, math.nan)
             everyone = self._with_everyones_rewards(batch, prompts, among, scores, found.facts)
             advantages = credit_of(self.algorithm, replace(everyone, history=self.history))
-            batch = credited(batch, advantages, None if kept is None else times(batch, kept.counts))
+            whole = self.algorithm.needs.whole_units
+            batch = credited(batch, advantages, None if kept is None else times(batch, kept.counts, whole))
             filtered = {} if kept is None else kept.metrics | refill.metrics
             if refill.warning and self.filters is not None:
                 self.log.say(refill.warning)
@@ -230,6 +231,8 @@ class Trainer:
                 metrics = self.updater.run(batch, update_of)
             self._check_ratio(metrics.get("ratio_first_update", 0.0))
             self.policy.follow(self.algorithm.old_decay(iteration))
+            if self.algorithm.resets_optimizer(iteration):
+                self.optimizer.state.clear()
         fault("train.updated")
 
         with self._saving_what_is_done():

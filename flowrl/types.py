@@ -300,9 +300,10 @@ class TokenBatch(SampleBatch):
     samples: tuple[Any, ...] = ()
     """The answers as the rewards see them."""
     values: Tensor | None = None
-    """What the value head expected before each token of the own answers, when they came, fp32 [R,S]."""
+    """What was expected before each token of the own answers, when they came, fp32 [R,S]: by the value head, or by
+    continuations from the states of an answer; NaN where there is no such state."""
     reference: Tensor | None = None
-    """Log-probs of the initial weights for those tokens, fp32 [R,S], where `needs.reference_logprobs`."""
+    """Log-probs of the reference for those tokens, fp32 [R,S], where `needs.reference_logprobs`."""
 
     @property
     def rows(self) -> Tokens:
@@ -351,6 +352,8 @@ class Loss(NamedTuple):
 
     value: Tensor
     metrics: dict[str, Tensor]
+    counts: Mapping[str, float] = {}
+    """Of how many things each metric is the mean, where those are not the batch's rows: what parts are weighed by."""
 
 
 class Needs(NamedTuple):
@@ -372,6 +375,8 @@ class Needs(NamedTuple):
     """All stored steps of a sample in one optimiser step and one forward pass."""
     whole_groups: bool = False
     """All answers to a prompt in one optimiser step and one forward pass."""
+    whole_units: bool = False
+    """All draws of a unit stay in training, or none: a pair without one of its samples is no pair."""
     scores: bool = False
     """Each reward by itself, in `batch.scores`."""
     history: int = 0
@@ -396,6 +401,15 @@ class Needs(NamedTuple):
     """Stored samples that each prompt must name, and that may stand among its own (`injection`)."""
     evaluations: int = 1
     """Velocities of the trained policy that the loss asks for one row."""
+    continuations: int = 0
+    """Answers that go on from each state of an answer, whose mean reward stands in `batch.values` there; 0: none."""
+    state_every: int = 1
+    """Tokens from one such state of an answer to the next."""
+
+    @property
+    def moving_reference(self) -> bool:
+        """Whether what the trained policy is held to are the weights of `policy.old()`, not the initial ones."""
+        return self.old and self.on_policy
 
 
 class TokenStats(NamedTuple):
@@ -420,6 +434,11 @@ class TokenPolicy(Protocol):
         """Within it `evaluate` is that of the frozen initial weights."""
         ...
 
+    def old(self) -> AbstractContextManager[None]:
+        """Within it `evaluate` is that of weights that follow the trained ones; enter it before the trained policy is
+        evaluated with a graph, since it changes values in place."""
+        ...
+
     def gold(self, tokens: Tokens) -> Tokens | None:
         """The worked answers that belong to N answers' prompts, row by row; without any token on the mask where a
         prompt has none, None where no prompt has one."""
@@ -428,6 +447,11 @@ class TokenPolicy(Protocol):
     def masked_images(self, ratio: float, seed: int) -> AbstractContextManager[None]:
         """Within it `evaluate` sees pictures of which a share of the patches is masked, drawn anew for each `seed`."""
         ...
+
+
+def held_to(policy: TokenPolicy, needs: Needs) -> AbstractContextManager[None]:
+    """Within it a policy answers as what its method holds it to: the initial weights, or those that follow."""
+    return policy.old() if needs.moving_reference else policy.reference()
 
 
 class Policy(Protocol):
@@ -518,6 +542,10 @@ class Hyperparameters(BaseModel):
         """How slowly the old policy follows after this iteration, where `needs.old`; 0 = it is the trained one."""
         return 0.0
 
+    def resets_optimizer(self, iteration: int) -> bool:
+        """Whether the optimiser begins anew after this iteration, without momentum."""
+        return False
+
     def injection(self, iteration: int) -> float:
         """Probability with which a prompt's stored samples stand among its own, where `needs.stored`."""
         return 0.0
@@ -561,6 +589,10 @@ class Algorithm(Protocol):
 
     def old_decay(self, iteration: int) -> float:
         """How slowly the old policy follows after this iteration; 0 = it is the trained one."""
+        ...
+
+    def resets_optimizer(self, iteration: int) -> bool:
+        """Whether the optimiser begins anew after this iteration."""
         ...
 
     def asks_old(self, iteration: int) -> bool:

@@ -71,11 +71,12 @@ class Updater:
                 sound &= bool(loss.value.isfinite())
                 (loss.value * self.algorithm.share(part, total)).backward()
                 parts.append(loss.metrics)
-                counts.append(len(part.rows))
+                counts.append({name: loss.counts.get(name, float(len(part.rows))) for name in loss.metrics})
         self._sum_gradients()
         parameters = self.policy.trainable_parameters()
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
-        merged = self._merge({k: v.item() for k, v in merge_metrics(parts, counts).items()}, sum(counts))
+        whole = {name: sum(count.get(name, 0.0) for count in counts) for part in parts for name in part}
+        merged = self._merge({k: v.item() for k, v in merge_metrics(parts, counts).items()}, whole)
         merged |= {"grad_norm": norm.item(), "skipped_updates": 0.0, "empty_updates": float(norm == 0)}
         if not torch.isfinite(norm):
             return self._skip(merged, sound)
@@ -118,15 +119,15 @@ class Updater:
         for p, g in zip(self.policy.trainable_parameters(), flat.split([g.numel() for g in gradients]), strict=True):
             p.grad = g.view_as(p).clone()
 
-    def _merge(self, metrics: dict[str, float], count: int) -> dict[str, float]:
-        """Metrics over the edges of all processes: the largest of each `*_max*`, else the mean over edges."""
+    def _merge(self, metrics: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
+        """Metrics over all processes: the largest of each `*_max*`, else the mean over what they are means of."""
         if self.engine.world == 1:
             return metrics
-        told = [json.loads(text) for text in self.engine.gather_text(json.dumps([metrics, count]))]
-        told = [(m, n) for m, n in told if n]
+        told = [json.loads(text) for text in self.engine.gather_text(json.dumps([metrics, counts]))]
         merged: dict[str, float] = {}
-        for name in told[0][0] if told else ():
-            values = [(m[name], n) for m, n in told if not math.isnan(m[name])] or [(math.nan, 1)]
+        for name in dict.fromkeys(name for m, _ in told for name in m):
+            known = [(m[name], n[name]) for m, n in told if name in m and not math.isnan(m[name]) and n[name] > 0]
+            values = known or [(math.nan, 1.0)]
             mean = sum(v * n for v, n in values) / sum(n for _, n in values)
             merged[name] = max(v for v, _ in values) if "_max" in name else mean
         return merged

@@ -1,12 +1,15 @@
 """The axes stay apart: no file asks which model or method it works for, and the arrows between packages hold."""
 
 import ast
+import difflib
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -128,6 +131,158 @@ def test_the_arrows_between_packages_hold():
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ models that write
+
+KINDS = ("flowrl.media", "flowrl.vlm")
+"""What only one kind of model needs."""
+FRONT = {
+    f"flowrl/{name}.py" for name in ("cli", "estimate", "make_pairs", "media", "standalone", "train_latent", "vlm_cli")
+}
+"""Commands that are about one kind, or ask both; everything else outside flowrl/vlm is shared."""
+MEDIA = ROOT / "flowrl" / "media.py"
+OWN = [path for path in FILES if path.is_relative_to(ROOT / "flowrl" / "vlm")]
+SHARED = [path for path in FILES if path not in OWN and str(path.relative_to(ROOT)) not in FRONT]
+FEWEST = 6
+"""Statements of a function that is worth comparing."""
+ALIKE = 0.8
+
+
+def kinds_named(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Imports of what one kind alone needs, wherever they stand, and texts that name it, but for docstrings."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {id(s.value) for node in ast.walk(tree) if isinstance(node, documented) for s in node.body
+                  if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)}  # fmt: skip
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            names = [node.value]
+        yield from ((name, node.lineno) for name in names if name.startswith(KINDS))
+
+
+@pytest.mark.parametrize("path", SHARED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_shared_names_neither_kind(path):
+    """Save one property, which says what a config is for."""
+    named = list(kinds_named(ast.parse(path.read_text(encoding="utf-8"))))
+    actors = [name for name, _ in named if name in ("flowrl.media:MediaActor", "flowrl.vlm.actor:TextActor")]
+    assert [name for name, _ in named] == actors, named
+    assert len(actors) == (2 if path.name == "config.py" else 0)
+
+
+def test_the_commands_that_may_name_them_do():
+    for name in FRONT - {"flowrl/media.py", "flowrl/cli.py"}:
+        assert list(kinds_named(ast.parse((ROOT / name).read_text(encoding="utf-8")))), f"{name} is shared now"
+    assert {"train.py", "update.py", "actor.py", "types.py", "filters.py", "checkpoint.py"} <= {p.name for p in SHARED}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import flowrl.vlm.policy",
+        "def f():\n    from flowrl.vlm import policy",
+        "from flowrl import vlm",
+        "x = importlib.import_module('flowrl.media')",
+        "resolve('flowrl.vlm.actor:TextActor', 'flowrl')",
+    ],
+)
+def test_such_a_name_would_be_seen(code):
+    assert list(kinds_named(ast.parse(code)))
+    assert not list(kinds_named(ast.parse('"""flowrl.vlm has it."""\nfrom flowrl.types import Tokens')))
+
+
+class Renamed(ast.NodeTransformer):
+    """Local names by their order of appearance, without annotations and docstrings."""
+
+    def __init__(self, function: ast.FunctionDef) -> None:
+        stored = (n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+        self.local = {a.arg for a in ast.walk(function) if isinstance(a, ast.arg)} | set(stored)
+        self.names: dict[str, str] = {}
+
+    def name(self, given: str) -> str:
+        return self.names.setdefault(given, f"v{len(self.names)}") if given in self.local else given
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Name(self.name(node.id), node.ctx)
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        return ast.arg(self.name(node.arg))
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if node.value is None:
+            return ast.Pass()
+        return self.visit(ast.copy_location(ast.Assign([node.target], node.value, lineno=node.lineno), node))
+
+
+def bodies(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
+    """The name of each function that is long enough, and the words of its body."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+            if sum(isinstance(n, ast.stmt) for s in body for n in ast.walk(s)) >= FEWEST:
+                renamed = Renamed(node)
+                text = "\n".join(ast.unparse(ast.fix_missing_locations(renamed.visit(s))) for s in body)
+                yield node.name, re.findall(r"\w+|[^\w\s]", text)
+
+
+def alike(one: list[str], other: list[str]) -> float:
+    """How much of two texts is the same, words in order; 0 where it cannot be as much as is looked for."""
+    if 2 * sum((Counter(one) & Counter(other)).values()) < ALIKE * (len(one) + len(other)):
+        return 0.0
+    return difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
+
+
+def copies(own: Iterable[ast.AST], shared: Iterable[ast.AST]) -> list[tuple[str, str, float]]:
+    """Functions of the first that are nearly one of the second."""
+    known = [found for tree in shared for found in bodies(tree)]
+    pairs = ((mine, theirs, alike(a, b)) for tree in own for mine, a in bodies(tree) for theirs, b in known)
+    return [(mine, theirs, likeness) for mine, theirs, likeness in pairs if likeness >= ALIKE]
+
+
+def test_models_that_write_have_no_copy_of_a_shared_function():
+    parsed = [[ast.parse(path.read_text(encoding="utf-8")) for path in paths] for paths in (OWN, [*SHARED, MEDIA])]
+    assert copies(*parsed) == []
+
+
+def test_a_copy_would_be_seen():
+    """Also with other names, another annotation and a line more."""
+    copied = """
+def among(values: list[float], *, most: int):
+    '''Another docstring.'''
+    kept = {}
+    for place, value in enumerate(values):
+        if math.isnan(value):
+            continue
+        kept.setdefault(round(value, 3), []).append(place)
+    ordered = sorted(kept.items(), key=lambda pair: -len(pair[1]))
+    print(len(ordered))
+    return [places for _, places in ordered[:most]]
+"""
+    shared = """
+def groups(rewards, *, count):
+    found: dict[float, list[int]] = {}
+    for index, reward in enumerate(rewards):
+        if math.isnan(reward):
+            continue
+        found.setdefault(round(reward, 3), []).append(index)
+    order = sorted(found.items(), key=lambda item: -len(item[1]))
+    return [members for _, members in order[:count]]
+"""
+    other = """
+def total(rewards, *, count):
+    summed = 0.0
+    for reward in rewards:
+        if reward > 0:
+            summed += reward
+    mean = summed / count
+    return mean if math.isfinite(mean) else None
+"""
+    ((mine, theirs, likeness),) = copies([ast.parse(copied)], [ast.parse(shared), ast.parse(other)])
+    assert (mine, theirs) == ("among", "groups") and likeness > 0.85
 
 
 MINE = '''

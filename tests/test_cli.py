@@ -19,7 +19,7 @@ from tests import runs
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("train", "plan", "eval", "sample", "export", "doctor", "config", "shapes", "pairs", "reward")
+COMMANDS = ("train", "plan", "eval", "sample", "export", "doctor", "config", "shapes", "pairs", "reward", "vlm")
 
 
 # ------------------------------------------------------------------------------------------------ help

@@ -12,13 +12,13 @@ import shlex
 import sys
 import tomllib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import typer.main
 
 from flowrl import cli
-from flowrl.config import load_config
+from flowrl.config import Config, algorithm_class, load_config
 from flowrl.configfile import parse_yaml
 from flowrl.resolve import available as names_in
 
@@ -277,6 +277,45 @@ def test_every_verifier_is_described():
     text = (ROOT / "docs" / "verifiers.md").read_text(encoding="utf-8")
     for name in available():
         assert f"`{name}`" in text, name
+
+
+def test_what_the_page_of_coverage_names_exists():
+    """Every row says where it is or why it is not, and its verifiers and keys of a config exist."""
+    from rewards.verifiers import available
+
+    text = (ROOT / "docs" / "vlm_coverage.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (\w+) \| ?(.*) \|$", text, re.M)
+    assert {state for _, state, _ in rows} == {"yes", "preset", "part", "function", "no", "out", "state"}
+    for item, state, where in rows:
+        assert state in ("no", "out", "state") or "`" in where, f"{item}: where?"
+        assert state != "no" or where, f"{item}: why not?"
+    names = re.findall(r"`([^`]+)`", text)
+    for name in (name for name in names if name.startswith("verifiers.")):
+        assert name in available(), name
+    sections = {"model", "algorithm", "generation", "data", "optimizer"}
+    keys = {name.partition(":")[0] for name in names if name.partition(".")[0] in sections}
+    assert len(keys) > 50
+    assert [key for key in keys if not _is_key(key)] == []
+
+
+def _is_key(name: str) -> bool:
+    """Whether a dotted name is a key of a config for a model that writes; methods have keys of their own."""
+    section, _, rest = name.partition(".")
+    if section == "algorithm":
+        return any(rest in algorithm_class(method).model_fields for method in names_in("flowrl.algorithms"))
+    model: Any = Config
+    for part in name.split("."):
+        fields = getattr(model, "model_fields", {})
+        if part not in fields:
+            return False
+        inner = [kind for kind in (fields[part].annotation, *get_args(fields[part].annotation)) if kind is not None]
+        model = next((kind for kind in inner if hasattr(kind, "model_fields")), None)
+    return True
+
+
+def test_the_page_of_coverage_notices_what_is_not_there():
+    assert _is_key("generation.tools.max_turns") and _is_key("algorithm.lam_alpha")
+    assert not _is_key("generation.tools.max_turn") and not _is_key("algorithm.lam_omega")
 
 
 @every_page

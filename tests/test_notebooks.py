@@ -13,7 +13,7 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 def test_there_are_notebooks():
     names = {
         "01_samplers", "02_quickstart", "03_branching_and_windows", "04_preferences_and_direct_gradients",
-        "05_reward_models", "06_video",
+        "05_reward_models", "06_video", "07_vlm_grpo",
     }  # fmt: skip
     assert {path.stem for path in NOTEBOOKS} >= names
 

@@ -405,10 +405,26 @@ def adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
 def monte_carlo_values(returns: Tensor) -> Tensor:
     """Values of states from the rewards [...,k] of k answers that went on from each (VinePPO, arXiv:2410.01679).
 
-    Continuations without a verdict do not count; NaN where none has one. With them `gae` at lam = 0 gives that method's
+    Continuations without a verdict do not count; NaN where none has one. `stretch_advantages` has that method's
     advantages.
     """
     return returns.detach().cpu().double().nan_to_num(torch.nan, torch.nan, torch.nan).nanmean(-1)
+
+
+def stretch_advantages(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Advantages [N,S] of tokens between states, by rewards [N,S] and the states' values [N,S] (arXiv:2410.01679).
+
+    A state stands before each token where `values` is not NaN. All tokens from it to the next one share
+    V(next) - V(state) + the rewards in between, where V beyond the last token is 0; 0 off the `mask` and before the
+    first state.
+    """
+    state = mask & values.isfinite()
+    stretch = state.long().cumsum(1)  # of each token, from 1; 0 before the first state
+    table = rewards.new_zeros(len(rewards), int(stretch.max()) + 2)
+    value = table.scatter_add(1, stretch, values.to(table).where(state, 0.0))
+    earned = table.scatter_add(1, stretch, rewards.where(mask, 0.0))
+    rise = earned[:, :-1] + value[:, 1:] - value[:, :-1]
+    return rise.gather(1, stretch).where(mask & (stretch > 0), 0.0)
 
 
 def whiten(values: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:

@@ -83,6 +83,14 @@ def share(mask: Tensor, total: Tensor, mode: Mode) -> float:
     return float(mass(mask)[which]) / max(float(total[which]), 1.0)
 
 
+def averaged(value: Tensor, mask: Tensor, mode: Mode) -> tuple[Tensor, float]:
+    """An aggregate of a part [N,S] as a mean, a sum being made one over tokens, and of how many things it is one."""
+    answers, tokens = mass(mask).tolist()
+    if mode == "token_sum":
+        return value / max(tokens, 1.0), tokens
+    return value, tokens if mode == "token_mean" else answers
+
+
 def check_horizon(mode: Mode, horizon: int | None) -> None:
     """Refuse (ValueError) the one mean that divides by a constant without one, and the others with one."""
     if (mode == "seq_mean_token_sum_norm") != (horizon is not None):
@@ -92,19 +100,20 @@ def check_horizon(mode: Mode, horizon: int | None) -> None:
         )
 
 
-def merge_metrics(parts: Sequence[Mapping[str, Tensor]], num_edges: Sequence[int]) -> dict[str, Tensor]:
-    """Metrics of micro-batches as those of their union: the largest of each `*_max*`, else the mean over rows.
+def merge_metrics(parts: Sequence[Mapping[str, Tensor]], counts: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
+    """Metrics of micro-batches as those of their union: the largest of each `*_max*`, else the mean.
 
-    A micro-batch that had nothing to say (NaN) does not count, unless none had.
+    `counts` tell of how many things each is the mean. A micro-batch that had nothing to say (NaN) does not count,
+    unless none had.
     """
-    merged: dict[str, list[tuple[Tensor, int]]] = {}
-    for part, num in zip(parts, num_edges, strict=True):
+    merged: dict[str, list[tuple[Tensor, float]]] = {}
+    for part, count in zip(parts, counts, strict=True):
         for name, value in part.items():
-            merged.setdefault(name, []).append((value, num))
+            merged.setdefault(name, []).append((value, count[name]))
     return {name: _merge(name, values) for name, values in merged.items()}
 
 
-def _merge(name: str, values: list[tuple[Tensor, int]]) -> Tensor:
+def _merge(name: str, values: list[tuple[Tensor, float]]) -> Tensor:
     stacked = torch.stack([value for value, _ in values])
     if "_max" in name:
         return stacked.max()

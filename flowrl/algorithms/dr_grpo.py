@@ -15,8 +15,8 @@ class DrGRPO(GRPO):
     """Dr.GRPO (arXiv:2503.20783): no std, and every answer's sum is divided by one constant, `horizon`.
 
     Long wrong answers are then not let off lightly, nor easy and hard questions weighed up.
-    Note: `horizon` should be data's longest answer, generation.max_new_tokens; 1024 only scales the loss. Other code
-    divides by the padded width, which changes from batch to batch.
+    Note: `horizon` is the longest answer, generation.max_new_tokens, where a config does not say otherwise; 1024 without
+    a config. It only scales the loss. Other code divides by the padded width, which changes from batch to batch.
     """
 
     std: fields.AdvStd = "none"

@@ -110,7 +110,7 @@ class Preference(Matching):
     def needs(self) -> Needs:
         """No log-probs; the initial weights, or a reference that follows, which never draws the samples."""
         follows = self.refresh_every is not None or self.sft_iterations > 0
-        return Needs(logprobs=False, reference=not follows, old=follows, on_policy=True)
+        return Needs(logprobs=False, reference=not follows, old=follows, on_policy=True, whole_units=True)
 
     def old_decay(self, iteration: int) -> float:
         """0, the policy becomes the reference, while it imitates and every `refresh_every` iterations; else 1."""

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from flowrl.algorithms.pairing import How, choose
 from flowrl.algorithms.preference_terms import dpo
-from flowrl.types import Hyperparameters, Loss, Needs, TokenBatch, TokenPolicy
+from flowrl.algorithms.token_policy_gradient import ResetReference
+from flowrl.types import Loss, Needs, TokenBatch, TokenPolicy, held_to
 
 
 class Pairs(NamedTuple):
@@ -35,12 +36,12 @@ class Pairs(NamedTuple):
     """The credit of w, which is equal for all answers of an iteration where a method compares with it."""
 
 
-class TokenDPO(Hyperparameters):
+class TokenDPO(ResetReference):
     """DPO (arXiv:2305.18290) on the policy's own answers: -log sigmoid(beta (log-ratio_w - log-ratio_l)) of pairs.
 
     Own answers, because better ones of another model are told apart at once and teach nothing; and pairs of right and
     wrong, with a wide margin. reward_accuracies should rise; its level does not compare between runs.
-    Note: the reference is always the initial weights.
+    The reference is the initial weights, or with `reset_every` the policy as it was last.
     Note: answers of a few tokens collapse under it; length_normalised, with a larger beta, holds up better.
     """
 
@@ -71,8 +72,8 @@ class TokenDPO(Hyperparameters):
 
     @property
     def needs(self) -> Needs:
-        """A model that writes, its initial weights, and a prompt's answers in one call."""
-        return Needs(tokens=True, reference=True, whole_groups=True, on_policy=True)
+        """A model that writes, a reference, and a prompt's answers in one call."""
+        return self.with_reference(Needs(tokens=True, whole_groups=True))
 
     def credit(self, batch: TokenBatch) -> Tensor:
         """Pairs that an answer wins less those that it loses, fp32 [R]; NaN, out of training, for those in no pair."""
@@ -96,7 +97,7 @@ class TokenDPO(Hyperparameters):
         """Trained policy and reference at the pairs of the batch, which holds whole groups."""
         assert batch.rewards is not None and batch.advantages is not None
         tokens, pairs = batch.tokens, self._pairs(batch).to(batch.tokens.ids.device)
-        with torch.no_grad(), policy.reference():
+        with torch.no_grad(), held_to(policy, self.needs):
             reference = policy.evaluate(tokens).logprob
         logprob = policy.evaluate(tokens).logprob
         ratio = (logprob - reference).where(tokens.mask, 0.0).sum(1)
@@ -126,7 +127,8 @@ class TokenDPO(Hyperparameters):
             "implicit_rejected": self.beta * found.rejected.detach().mean(),
             "reward_margin": found.margin.mean(),
         }
-        return Loss(loss.mean(), metrics)
+        # Pairs may be missing whose other answer has left; a part without any has nothing to teach.
+        return Loss(loss.sum() / max(1, len(loss)), metrics, dict.fromkeys(metrics, float(len(loss))))
 
     def _pairs(self, batch: TokenBatch) -> Tensor:
         """Indices (better, worse) [M,2] of the answers, on the CPU: all while credit is given, then the batch's rows.

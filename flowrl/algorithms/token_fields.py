@@ -168,6 +168,13 @@ KLInReward = Annotated[
         description="Weight of log pi - log ref, as the rollout had it, that is taken off the reward token by token."
     ),
 ]
+ResetEvery = Annotated[
+    Count | None,
+    Field(
+        description="Iterations after which the policy becomes the reference, and the optimiser begins anew (ProRL); "
+        "null: never."
+    ),
+]
 EntropyCoef = Annotated[NotNegative, Field(description="Weight of the entropy, which is then kept up.")]
 
 # ------------------------------------------------------------------------------------- answers that others have drawn

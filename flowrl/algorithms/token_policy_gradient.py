@@ -16,13 +16,13 @@ from torch import Tensor
 
 from flowrl.algorithms import token_fields as fields
 from flowrl.algorithms.advantages import Advantages, earlier_tools, sure_first, whiten
-from flowrl.algorithms.aggregate import aggregate, mass, of_answers, share
+from flowrl.algorithms.aggregate import aggregate, averaged, mass, of_answers, share
 from flowrl.algorithms.corrections import importance_weights, off_policy_sequences, rejected, weight_metrics
 from flowrl.algorithms.kl import estimate, token_kl
 from flowrl.algorithms.objectives import Edges, Limits, objective
 from flowrl.algorithms.schedule import AlgorithmError, check_group_size
 from flowrl.schedules import value_at
-from flowrl.types import Hyperparameters, Loss, Needs, TokenBatch, TokenPolicy, Tokens, TokenStats
+from flowrl.types import Hyperparameters, Loss, Needs, TokenBatch, TokenPolicy, Tokens, TokenStats, held_to
 from samplers import stable_seed
 
 Terms = dict[str, tuple[float, Tensor]]
@@ -30,7 +30,29 @@ Terms = dict[str, tuple[float, Tensor]]
 _MASKED_PICTURES = -8
 
 
-class TokenPolicyGradient(Hyperparameters):
+class ResetReference(Hyperparameters):
+    """Methods for answers whose reference may be reset to the policy, so that it can go on from there (ProRL).
+
+    arXiv:2505.24864: a hard copy every so often, and an optimiser without momentum.
+    """
+
+    reset_every: fields.ResetEvery = None
+
+    def old_decay(self, iteration: int) -> float:
+        """0, the policy becomes the reference, after every `reset_every` iterations; else 1."""
+        return 0.0 if self.resets_optimizer(iteration) else 1.0
+
+    def resets_optimizer(self, iteration: int) -> bool:
+        """Together with the reference."""
+        return self.reset_every is not None and (iteration + 1) % self.reset_every == 0
+
+    def with_reference(self, needs: Needs) -> Needs:
+        """What a method with a reference needs for it: the initial weights, or a copy that is moved."""
+        moves = self.reset_every is not None
+        return needs._replace(reference=not moves, old=moves, on_policy=True)
+
+
+class TokenPolicyGradient(ResetReference):
     """The hyperparameters of the family, and its usual loss: PPO's on tokens (arXiv:1707.06347), and what was added."""
 
     objective: fields.ObjectiveName = "clip"
@@ -73,16 +95,15 @@ class TokenPolicyGradient(Hyperparameters):
             )
         if self.reject_range[0] >= self.reject_range[1]:
             raise ValueError(f"reject_range={list(self.reject_range)} must be rising.")
+        if self.reset_every is not None and not self._has_reference:
+            raise ValueError("reset_every resets the reference, and there is none without a KL; set kl_coef.")
         return self
 
     @property
     def needs(self) -> Needs:
-        """A model that writes; the initial weights for the KL alone."""
-        return Needs(
-            tokens=True,
-            reference=self.kl_coef > 0 or self.kl_in_reward > 0,
-            reference_logprobs=self.kl_in_reward > 0,
-        )
+        """A model that writes; a reference for the KL alone."""
+        needs = Needs(tokens=True, reference_logprobs=self.kl_in_reward > 0)
+        return self.with_reference(needs) if self._has_reference else needs
 
     def mass(self, batch: TokenBatch) -> Tensor:
         """Answers and tokens, float64 [2]."""
@@ -120,16 +141,17 @@ class TokenPolicyGradient(Hyperparameters):
         stats = policy.evaluate(batch.tokens, entropy=self._reads_entropy, value=self.needs.value)
         terms, metrics = self.terms(policy, batch, stats, reference)
         mask, value = batch.tokens.mask, stats.logprob.new_zeros(())
+        counts = dict.fromkeys(metrics, float(mask.sum()))
         for name, (weight, table) in terms.items():
-            mean = aggregate(table, mask, self.aggregate, self.horizon)
-            metrics[name] = mean.detach()
-            value = value + weight * mean
-        return Loss(value, metrics)
+            term = aggregate(table, mask, self.aggregate, self.horizon)
+            metrics[name], counts[name] = averaged(term.detach(), mask, self.aggregate)
+            value = value + weight * term
+        return Loss(value, metrics, counts)
 
     def terms(
         self, policy: TokenPolicy, batch: TokenBatch, stats: TokenStats, reference: Tensor | None
     ) -> tuple[Terms, dict[str, Tensor]]:
-        """The terms of the loss, and more to log; `reference` [N,S] are log-probs of the initial weights."""
+        """The terms of the loss, and more to log; `reference` [N,S] are log-probs of the reference."""
         tokens, mask = batch.tokens, batch.tokens.mask
         credit = token_credit(batch)
         table, metrics = self._objective(tokens, stats, credit)
@@ -192,7 +214,7 @@ class TokenPolicyGradient(Hyperparameters):
         first = first.scatter_reduce(0, of_row, torch.arange(len(tokens), device=of_row.device), "amin")
         gold = policy.gold(tokens.select(first))
         if gold is None:
-            return {}
+            return {"sft": (weight, torch.zeros_like(tokens.logprob))}
         logprob = policy.evaluate(gold).logprob
         chance = logprob.detach().exp()
         each = (-chance * (1 - chance) * logprob).where(gold.mask, 0.0).sum(1) / gold.mask.sum(1).clamp(min=1)
@@ -217,8 +239,12 @@ class TokenPolicyGradient(Hyperparameters):
             return None
         if batch.reference is not None:
             return batch.reference
-        with torch.no_grad(), policy.reference():
+        with torch.no_grad(), held_to(policy, self.needs):
             return policy.evaluate(batch.tokens).logprob
+
+    @property
+    def _has_reference(self) -> bool:
+        return self.kl_coef > 0 or self.kl_in_reward > 0
 
     @property
     def _reads_entropy(self) -> bool:

@@ -1,10 +1,11 @@
 """Train the built-in world's vision-language model from nothing: a real, tiny LLaVA (arXiv:2304.08485).
 
-Three stages, all seeded and resumable:
+Four stages, all seeded and resumable:
 
     eyes      the vision tower and the projector say of every part of a picture what is in it, through a throwaway head
-    sight     all of it answers the questions of `flowrl.shapes.questions` as a careful teacher writes: always right,
-              and mostly noting first what there is to see
+    talk      all of it answers several questions about each picture, mostly at once
+    sight     one question a picture, as a careful teacher answers it: always right, and mostly noting first what there
+              is to see, a zoom for every digit
     habits    the same from a careless teacher, whose failings `Habits` lists: what reinforcement learning then mends
 
 `flowrl shapes pretrain --vlm --output DIR` runs it; the result is a folder in Hugging Face format, for
@@ -19,6 +20,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowrl.shapes.pretrain import Muon, Stage
+from flowrl.shapes.pretrain import Stage
 from flowrl.shapes.questions import (
     CELL,
     GRID,
@@ -124,7 +126,8 @@ class Recipe:
 
     seed: int = 0
     eyes_steps: int = 400
-    sight_steps: int = 2_400
+    talk_steps: int = 1_000
+    sight_steps: int = 500
     habit_steps: int = 300
     batch: int = 48
     emphasis: float = 6.0
@@ -176,7 +179,7 @@ def build_model(tokenizer: Any) -> Any:
     vision = CLIPVisionConfig(num_hidden_layers=2, image_size=VIEW, patch_size=PATCH, projection_dim=WIDTH, **size)
     text = LlamaConfig(
         vocab_size=len(tokenizer), num_hidden_layers=4, num_key_value_heads=4, max_position_embeddings=256,
-        tie_word_embeddings=False, **size, **ends,
+        initializer_range=0.06, tie_word_embeddings=False, **size, **ends,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=image, image_seq_length=IMAGE_TOKENS,
@@ -327,16 +330,20 @@ def loss_of(model: nn.Module, inputs: Any, labels: Tensor, weights: Tensor) -> T
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """One stage: how many steps, the seed of its data, a factor of all learning rates, and the teacher's habits."""
+    """One stage: how many steps, the seed of its data, and a factor of all learning rates."""
 
     steps: int
     seed: int
     lr: float = 1.0
-    habits: Habits = CAREFUL
 
 
 def train(
-    recipe: Recipe, folder: Path, model: nn.Module, processor: Any, term: Term, batch: Callable[[int], tuple[Any, Tensor]]
+    recipe: Recipe,
+    folder: Path,
+    model: nn.Module,
+    processor: Any,
+    term: Term,
+    batch: Callable[[int], tuple[Any, Tensor]],
 ) -> None:
     """Train the model for one term, or what is left of it, on the batch of each seed; the averaged weights stay."""
 
@@ -349,12 +356,13 @@ def train(
 
 
 def _run(recipe: Recipe, folder: Path, modules: nn.ModuleDict, term: Term, loss: Callable[[int], Tensor]) -> None:
-    """One stage: Muon for the weights inside of the layers, AdamW for the others; `loss` of a step's seed."""
-    matrices = [p for name, p in modules.named_parameters() if p.ndim == 2 and ".layers." in name]
-    taken = {id(p) for p in matrices}
-    others = [p for p in modules.parameters() if id(p) not in taken]
-    adamw = torch.optim.AdamW(others, lr=3e-3 * term.lr, betas=(0.9, 0.95), weight_decay=1e-3)
-    stage = Stage(folder, modules, [Muon(matrices, lr=0.02 * term.lr), adamw], recipe.ema)
+    """One stage of AdamW; `loss` of a step's seed.
+
+    Note: Muon, which the other worlds use, lets the logits of attention grow until it is all but an argmax: without a
+    norm of queries and keys, which Llama has not, the model then never finds what a question asks for.
+    """
+    adamw = torch.optim.AdamW(modules.parameters(), lr=1.5e-3 * term.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    stage = Stage(folder, modules, [adamw], recipe.ema)
 
     def drawn(generator: torch.Generator) -> Tensor:
         return loss(int(torch.randint(2**62, (), generator=generator)))
@@ -431,6 +439,12 @@ def train_eyes(recipe: Recipe, folder: Path, model: Any, processor: Any, term: T
         return eyes_loss(model, head, *views(processor, 2 * recipe.batch, seed))
 
     _run(recipe, folder, modules, term, loss)
+    with torch.no_grad():  # tokens of pictures as long as those of words, or they drown them
+        tokens = torch.stack(list(model.get_image_features(pixel_values=views(processor, 16, 0)[0]).pooler_output))
+        factor = model.get_input_embeddings().weight.norm(dim=-1).mean() / tokens.norm(dim=-1).mean()
+        model.model.multi_modal_projector.linear_2.weight.mul_(factor)
+        model.model.multi_modal_projector.linear_2.bias.mul_(factor)
+        head.weight.div_(factor)
     return head
 
 
@@ -440,12 +454,16 @@ def pretrain(output: Path, recipe: Recipe = Recipe()) -> Path:
     torch.manual_seed(recipe.seed)
     processor = build_processor()
     model = build_model(processor.tokenizer).train()
-    eyes = Term(steps=recipe.eyes_steps, seed=3 * recipe.seed)
-    sight = Term(steps=recipe.sight_steps, seed=3 * recipe.seed + 1)
-    habits = Term(steps=recipe.habit_steps, seed=3 * recipe.seed + 2, lr=0.3, habits=recipe.habits)
+    eyes, talk, sight, habits = (
+        Term(steps=steps, seed=4 * recipe.seed + index, lr=lr)
+        for index, (steps, lr) in enumerate(
+            [(recipe.eyes_steps, 1.0), (recipe.talk_steps, 1.0), (recipe.sight_steps, 0.5), (recipe.habit_steps, 0.3)]
+        )
+    )
     train_eyes(recipe, work / "eyes", model, processor, eyes)
-    train(recipe, work / "sight", model, processor, sight)
-    train(recipe, work / "habits", model, processor, habits)
+    train(recipe, work / "talk", model, processor, talk, lambda seed: talks(processor, recipe.batch // 2, seed))
+    for name, term, teacher in (("sight", sight, CAREFUL), ("habits", habits, recipe.habits)):
+        train(recipe, work / name, model, processor, term, partial(lessons, processor, teacher, recipe.batch))
     model.save_pretrained(output)
     processor.save_pretrained(output)
     (output / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")

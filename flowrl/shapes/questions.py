@@ -295,7 +295,12 @@ def about(scene: Scene, kind: str, rng: random.Random) -> Case | None:
     if kind == "count":
         what = rng.choice([*SHAPES, *COLORS])
         right = sum(what in (thing.shape, thing.color) for thing in things)
-        return Case(kind, f"how many {what}s are there ?" if what in SHAPES else f"how many {what} things are there ?", right, scene)
+        return Case(
+            kind,
+            f"how many {what}s are there ?" if what in SHAPES else f"how many {what} things are there ?",
+            right,
+            scene,
+        )
     if kind == "color":
         shapes = [thing.shape for thing in things]
         alone = [thing for thing in things if shapes.count(thing.shape) == 1]

@@ -28,8 +28,10 @@ from flowrl.rollouts import write_rollout
 from flowrl.tiny import PREFIX
 from flowrl.types import AnyBatch, Prompt, TokenBatch, Tokens, padded_places
 from flowrl.vlm.augment import hook
+from flowrl.vlm.continuations import state_values
 from flowrl.vlm.data import load_questions
 from flowrl.vlm.export import FORMS, Form, is_peft
+from flowrl.vlm.generate import Row
 from flowrl.vlm.metrics import REFLECTS, reflection, text_metrics
 from flowrl.vlm.model import ImageTextModel
 from flowrl.vlm.policy import TextPolicy
@@ -202,6 +204,8 @@ class TextActor:
                 prompts, slots, members=members, seed=self.config.seed, iteration=iteration, progress=plan,
                 needs=needs, judge=lambda draft: self._are_wrong(draft, prompts, plan),
             )  # fmt: skip
+            if needs.continuations:
+                written = self._continued(written, prompts, slots, iteration, plan)
         slot = torch.tensor(list(slots), dtype=torch.long)
         group = slot[written.tokens.prompt]
         return TokenBatch(
@@ -215,6 +219,29 @@ class TextActor:
         """Which answers get less than `data.passing`; not those without a verdict."""
         found = self.hub(answers_of(written, prompts, written.tokens.prompt), progress)
         return (found.total < self.config.data.passing).tolist()
+
+    def _continued(
+        self, written: Written, prompts: Sequence[Prompt], slots: Sequence[int], iteration: int, progress: float
+    ) -> Written:
+        """With the values of the answers' states, by answers that go on from them."""
+        needs, settings, tokens = self.algorithm.needs, self.settings, written.tokens
+
+        def grade(rows: Sequence[Row], index: Sequence[int]) -> Tensor:
+            answers = [
+                Answer(
+                    self.policy.text(row), prompt=prompts[p].text, group=p, meta=prompts[p].metadata,
+                    tokens=int(row.mask.sum()), truncated=row.truncated,
+                )
+                for row, p in zip(rows, index, strict=True)
+            ]  # fmt: skip
+            return self.hub(answers, progress).total
+
+        values, count = state_values(
+            self.policy, tokens, [(self.config.seed, iteration, slots[p]) for p in tokens.prompt.tolist()], grade,
+            continuations=needs.continuations, every=needs.state_every, limit=settings.max_new_tokens,
+            batch=settings.batch_size or len(tokens),
+        )  # fmt: skip
+        return replace(written, values=values, facts=written.facts | {"continuations": count})
 
     def submit(self, batch: AnyBatch) -> Callable[[], HubResult]:
         """Verifiers answer at once, or wait for judges themselves."""

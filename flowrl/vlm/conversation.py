@@ -107,7 +107,7 @@ def converse(
         written = write([talks[i].row for i in going]) if going else []
         asked: dict[int, list[Call]] = {}
         for i, row in zip(going, written, strict=True):
-            start = len(talks[i].row.ids)
+            start = len(talks[i].row.ids) if turn > 1 else 0  # what an answer was begun with is part of it
             talks[i] = replace(talks[i], row=row, turns=(*talks[i].turns, model.decode(row.ids[start:])))
             asked[i] = _calls(talks[i])
             if asked[i] and turn < turns and talks[i].tool_position is None:

@@ -167,7 +167,7 @@ def operations(config: Config, policy: TextPolicy, length: Lengths, walked: Walk
     seeing = 2.0 * numbers(policy.model.trainable.get_encoder(modality="image")) * length.patches
     again = walked.forward if config.model.gradient_checkpointing else 0.0
     writing = asked * (prompt.forward + seeing) + answers * (walked.forward - prompt.forward)
-    scoring = answers * (walked.forward + seeing) * (needs.reference + _served(config))
+    scoring = answers * (walked.forward + seeing) * (needs.reference + needs.moving_reference + _served(config))
     updating = answers * (walked.forward + seeing + walked.backward + again)
     return writing * (not _served(config)) + scoring + updating
 

@@ -231,9 +231,10 @@ def _distinct(rows: Sequence[Row]) -> tuple[Tensor, list[Inputs]]:
     found: dict[object, int] = {}
     prefixes: list[Inputs] = []
     index = []
-    for i, row in enumerate(rows):
+    for row in rows:
         begun = len(row.ids) > 0
-        name: object = ("row", i) if begun else id(row.inputs)
+        # Rows that go on from one answer share its tensor of ids.
+        name: object = (id(row.inputs), id(row.ids)) if begun else id(row.inputs)
         if name not in found:
             found[name] = len(prefixes)
             prefixes.append(whole(row.inputs, row.ids) if begun else row.inputs)

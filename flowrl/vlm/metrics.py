@@ -20,7 +20,7 @@ REFLECTS = "reflects"
 """The fact that an answer reconsiders, 1 or 0."""
 SHARES = ("forced", "over_turns")
 """Facts that are 1 or 0, whose mean is logged."""
-COUNTS = ("calls", "failed_calls")
+COUNTS = ("calls", "failed_calls", "continuations")
 """Facts that count something in an answer, whose mean is logged."""
 
 
@@ -55,7 +55,7 @@ def text_metrics(
         text/reflection/correct_in_reflective, /correct_in_nonreflective
         text/pass@k                                       mean over the groups that have k answers with a verdict
         text/groups/all_right, /all_wrong                 share of groups that teach nothing, of those with a verdict
-        text/forced, /over_turns, /calls, /failed_calls   mean of the fact
+        text/forced, /over_turns, /calls, /failed_calls, /continuations   mean of the fact
         text/tokens_per_second
     """
     verdict = [_verdict(value, threshold) for value in (rewards if right is None else right).tolist()]

@@ -252,7 +252,9 @@ class TextPolicy(Trained):
 
     def _count(self, rows: Sequence[Row], written: Sequence[Row]) -> None:
         """Tokens that went through the network: each prefix once, then what was written."""
-        read = {id(row.inputs) if not len(row.ids) else id(row): len(row.inputs.ids) + len(row.ids) for row in rows}
+        read = {
+            (id(row.inputs), id(row.ids) if len(row.ids) else 0): len(row.inputs.ids) + len(row.ids) for row in rows
+        }
         new = sum(len(after.ids) - len(before.ids) for before, after in zip(rows, written, strict=True))
         self.calls[self._role] += sum(read.values()) + new
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowrl.config import GenerationConfig
 from flowrl.data import IMAGES
-from flowrl.types import Needs, Prompt, Tokens
+from flowrl.types import Needs, Prompt, Tokens, held_to
 from flowrl.vlm.augment import BEGIN, CORRECTED, NoisyRollout, corrections
 from flowrl.vlm.collate import Inputs
 from flowrl.vlm.conversation import STOPS, Talk, converse, facts
@@ -40,7 +40,7 @@ class Written:
     values: Tensor | None = None
     """What the value head expected before each token, fp32 [N,S]."""
     reference: Tensor | None = None
-    """Log-probabilities of the initial weights, fp32 [N,S]."""
+    """Log-probabilities of the reference, fp32 [N,S]."""
 
 
 Judge = Callable[[Written], Sequence[bool]]
@@ -64,7 +64,7 @@ class Writer:
         """`members` answers to each prompt; `slots`, the prompts' places in the whole iteration, key the draws.
 
         `temperature` None is the policy's; 0 takes the likeliest token each time, for evaluations. Of `needs`, values
-        and log-probs of the initial weights are kept, so that no update has to ask for them. Iterations from 0 on are
+        and log-probs of the reference are kept, so that no update has to ask for them. Iterations from 0 on are
         trained on. `judge` is asked where worked answers may stand in for wrong ones (`flowrl.vlm.augment.correct`).
         """
         index = [p for p in range(len(prompts)) for _ in range(members)]
@@ -99,7 +99,7 @@ class Writer:
         return replace(
             written,
             values=self._asked(written.tokens, self.policy.values) if needs and needs.value else None,
-            reference=self._reference(written.tokens) if needs and needs.reference else None,
+            reference=self._reference(written.tokens, needs) if needs else None,
         )
 
     def inputs(self, prompt: Prompt) -> Inputs:
@@ -176,8 +176,10 @@ class Writer:
         key = (prompt.text, prompt.metadata.get(SYSTEM), gold, *images) if keep else None
         return self.policy.prepare(messages(prompt, shown), gold, key)
 
-    def _reference(self, tokens: Tokens) -> Tensor:
-        with torch.no_grad(), self.policy.reference():
+    def _reference(self, tokens: Tokens, needs: Needs) -> Tensor | None:
+        if not (needs.reference or needs.moving_reference):
+            return None
+        with torch.no_grad(), held_to(self.policy, needs):
             return self._asked(tokens, lambda part: self.policy.evaluate(part).logprob)
 
     def _asked(self, tokens: Tokens, of: Callable[[Tokens], Tensor], rows: int = 64) -> Tensor:

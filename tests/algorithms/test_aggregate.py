@@ -27,7 +27,8 @@ def test_micro_batches_do_not_change_gradient_or_metrics(size):
     parts = torch.randperm(num, generator=torch.Generator().manual_seed(0)).split(size)
     done = [gradient(algorithm, policy, batch.select(p), len(p) / num) for p in parts]
     torch.testing.assert_close(sum(grad for _, grad in done), expected, rtol=1e-5, atol=1e-7)
-    merged = merge_metrics([loss.metrics for loss, _ in done], [len(p) for p in parts])
+    counts = [dict.fromkeys(loss.metrics, len(p)) for (loss, _), p in zip(done, parts, strict=True)]
+    merged = merge_metrics([loss.metrics for loss, _ in done], counts)
     assert merged.keys() == whole.metrics.keys()
     for name, value in whole.metrics.items():
         torch.testing.assert_close(merged[name], value.to(merged[name]), rtol=1e-4, atol=1e-7, msg=name)

@@ -5,17 +5,20 @@ import math
 import random
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from flowrl.shapes import pretrain_vlm
 from flowrl.shapes.pretrain_vlm import (
     CAREFUL,
     CHAT_TEMPLATE,
     IMAGE_TOKENS,
     MAX_NEW_TOKENS,
+    TURNS,
     VIEW,
     Habits,
     Recipe,
@@ -33,6 +36,7 @@ from flowrl.shapes.pretrain_vlm import (
     pretrain,
     prompt_of,
     respond,
+    talks,
     teach,
     tool_call,
     train,
@@ -217,6 +221,17 @@ def _unpadded(inputs):
     return [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
 
 
+def test_a_talk_is_several_turns_about_one_picture(processor):
+    inputs, labels = talks(processor, 3, seed=0)
+    assert inputs["pixel_values"].shape[0] == 3
+    for ids, wanted in zip(inputs["input_ids"], labels, strict=True):
+        text = processor.tokenizer.decode(ids)
+        turns = text.split("<user>")[1:]
+        assert len(turns) == TURNS and text.count("<image>") == IMAGE_TOKENS
+        said = " ".join(turn.split("<assistant> ")[1].strip() for turn in turns)
+        assert processor.tokenizer.decode(wanted[wanted != -100]) == said
+
+
 def test_the_loss_is_the_weighted_mean_over_labelled_tokens(processor):
     torch.manual_seed(0)
     model = build_model(processor.tokenizer).eval()
@@ -268,7 +283,8 @@ def test_a_few_steps_open_the_eyes_and_touch_nothing_else(processor, tmp_path):
 def trained(processor, folder, steps=20):
     torch.manual_seed(0)
     model = build_model(processor.tokenizer).train()
-    train(Recipe(batch=6, save_every=5), folder, model, processor, Term(steps=steps, seed=5))
+    batch = partial(pretrain_vlm.lessons, processor, CAREFUL, 6)
+    train(Recipe(save_every=5), folder, model, processor, Term(steps=steps, seed=5), batch)
     return model
 
 
@@ -300,7 +316,7 @@ def test_a_few_steps_lower_the_loss_and_a_stop_changes_nothing(processor, tmp_pa
 def test_the_recipe_from_end_to_end(tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    folder = pretrain(tmp_path / "tiny", Recipe(eyes_steps=2, sight_steps=2, habit_steps=1, batch=6))
+    folder = pretrain(tmp_path / "tiny", Recipe(eyes_steps=2, talk_steps=2, sight_steps=2, habit_steps=1, batch=6))
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     said = respond(model.eval(), processor, questions("held_out", count=6), do_sample=False)
     assert len(said) == 6 and not (folder / ".pretrain").exists()

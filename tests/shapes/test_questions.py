@@ -17,6 +17,7 @@ from flowrl.shapes.questions import (
     VERIFIERS,
     Digit,
     Scene,
+    about,
     draw,
     make,
     questions,
@@ -121,20 +122,36 @@ def test_a_picture_shows_its_things_and_each_stays_within_its_cell():
                 assert taken[16 * y : 16 * y + 16, 16 * x : 16 * x + 16].any() == ((x, y) in full)
 
 
-def test_right_answers_are_right():
-    for case in cases("count"):
-        what = case.text.split()[2]
-        matching = [t for t in case.scene.things if what in (f"{t.shape}s", t.color)]
-        assert len(matching) == case.answer
-    for case in cases("color"):
-        assert [t.color for t in case.scene.things if t.shape == case.text.split()[-2]] == [case.answer]
-    for case in cases("yes_no"):
-        name = case.text.removeprefix("is there a ").removesuffix(" ?")
-        assert case.answer == ("yes" if name in [t.name for t in case.scene.things] else "no")
-    for case in cases("relation"):
-        (ax, ay), (bx, by) = (thing.cell for thing in case.asked)
-        along = {"left": bx - ax, "right": ax - bx, "above": by - ay, "below": ay - by}
-        assert max(along, key=along.get) == case.answer and list(along.values()).count(along[case.answer]) == 1
+def is_right(case):
+    things, words = case.scene.things, case.text.split()
+    if case.kind == "count":
+        return case.answer == sum(words[2] in (f"{t.shape}s", t.color) for t in things)
+    if case.kind == "color":
+        return [t.color for t in things if t.shape == words[-2]] == [case.answer]
+    if case.kind == "yes_no":
+        return case.answer == ("yes" if " ".join(words[3:5]) in [t.name for t in things] else "no")
+    named = [t for t in things if t.name in case.text]
+    if len(named) != len(case.asked):
+        return False
+    if case.kind == "box":
+        return case.answer == named[0].box
+    (ax, ay), (bx, by) = (thing.cell for thing in case.asked)
+    along = {"left": bx - ax, "right": ax - bx, "above": by - ay, "below": ay - by}
+    return max(along, key=along.get) == case.answer and list(along.values()).count(along[case.answer]) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_right_answers_are_right(kind):
+    assert all(is_right(case) for case in cases(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_right_answers_about_a_given_scene_are_right(kind):
+    rng = random.Random(1)
+    asked = [about(case.scene, kind, rng) for case in cases("count") + cases("relation")]
+    given = [case for case in asked if case is not None]
+    assert len(given) > 200 and all(case.kind == kind and is_right(case) for case in given)
+    assert len({str(case.answer) for case in given}) >= 2
 
 
 def test_a_no_is_not_told_by_what_is_missing():

@@ -100,10 +100,10 @@ def test_two_processes_do_what_one_does(vlm_tree, verifier, tmp_path, two, name)
     assert (weights - runs.weights(trainer)).abs().max() < 1e-5
     for mine, theirs in zip(rows, told, strict=True):
         assert theirs.keys() == mine.keys()
-        names = [key for key in mine if not key.startswith("ratio_")]
-        assert {k: theirs[k] for k in names} == pytest.approx(
-            {k: mine[k] for k in names}, rel=1e-4, abs=5e-6, nan_ok=True
-        )
+        names = [
+            key for key in mine if not key.startswith(("ratio_", "calls/train"))
+        ]  # prompts of a part are read once
+        assert {k: theirs[k] for k in names} == pytest.approx({k: mine[k] for k in names}, rel=1e-4, abs=1e-5)
         assert theirs.get("ratio_first_update", 0.0) < 1e-4
         exact = [k for k in names if k.startswith(("calls/rollout", "score/", "text/tokens/", "refill", "kept"))]
         assert [theirs[k] for k in exact] == pytest.approx([mine[k] for k in exact], rel=1e-12)

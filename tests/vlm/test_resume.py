@@ -84,7 +84,9 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_bits(text_run, right, 
     folder = tmp_path / "run"
     (saved,) = checkpoint.entries(folder / "checkpoints")
     status = json.loads((folder / "status.json").read_text())
-    assert status["state"] == "interrupted" and 0 < status["iteration"] < 4 and saved.name == f"{status['iteration']:06d}"
+    assert (
+        status["state"] == "interrupted" and 0 < status["iteration"] < 4 and saved.name == f"{status['iteration']:06d}"
+    )
     text_run(options, resume=True).run()
     assert_equal_folders(tmp_path / "whole", folder)
 

@@ -251,7 +251,9 @@ def test_micro_batches_change_no_method(text_run, name):
 def test_the_modes_differ(text_run):
     """As their definitions say, since the gradient of an on-policy update is linear in the tokens' weights."""
     free = {"optimizer.max_grad_norm": None}
-    made = {mode: text_run({**free, "algorithm": method("grpo", aggregate=mode, **MODES[mode])}, mode) for mode in MODES}
+    made = {
+        mode: text_run({**free, "algorithm": method("grpo", aggregate=mode, **MODES[mode])}, mode) for mode in MODES
+    }
     tokens = answers(made["token_sum"]).tokens.lengths.sum().item()
     norm = {mode: trainer.step(0)["grad_norm"] for mode, trainer in made.items()}
     assert norm["token_sum"] == pytest.approx(tokens * norm["token_mean"], rel=1e-4)
@@ -340,7 +342,9 @@ def test_what_changes_the_total_is_refused_where_there_is_none(vlm_tree, verifie
 def test_a_verifier_that_fails_is_no_verdict_and_stops_a_run_that_has_no_other(text_run, verifier):
     trainer = text_run({"rewards": [verifier("some"), verifier("broken", weight=0.0)]})
     row = trainer.step(0)
-    assert 0 < row["score_no_verdict/some"] < 1 and row["no_verdict_frac"] == pytest.approx(row["score_no_verdict/some"])
+    assert 0 < row["score_no_verdict/some"] < 1 and row["no_verdict_frac"] == pytest.approx(
+        row["score_no_verdict/some"]
+    )
     assert runs.finite(row["reward/mean"]) and row["grad_norm"] > 0
     dead = text_run({"rewards": [verifier("broken")]}, "dead")
     before = runs.weights(dead)
@@ -380,10 +384,10 @@ def test_verifiers_are_told_how_far_the_run_is(text_run, tmp_path):
     assert told == expected
 
 
-BOXES = '''
+BOXES = """
 def boxes(response):
     return 0.0
-'''
+"""
 
 
 def test_a_dynamic_iou_rises_along_the_run(text_run, tmp_path, home, monkeypatch):

@@ -1,0 +1,51 @@
+"""`flowrl train --smoke` of a config of a model that writes."""
+
+import json
+
+import pytest
+
+from flowrl.config import load_config
+from flowrl.configfile import dump_yaml
+from flowrl.smoke import smallest, smoke
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def config(vlm_tree, tmp_path):
+    """`config({"seed": 3})`: the path of a YAML config."""
+
+    def make(changes=None):
+        path = tmp_path / "config.yaml"
+        path.write_text(dump_yaml(vlm_tree(tmp_path / "run", changes)))
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8}], ids=["full", "lora"])
+def test_a_smoke_run_saves_resumes_and_exports(config, tmp_path, lora):
+    lines = []
+    folder = smoke(config({"model.lora": lora, "iterations": 40}), [], lines.append)
+    assert folder == tmp_path / "test-smoke"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and rows[0]["grad_norm"] > 0
+    assert [line.split(":")[1].strip() for line in lines[:3]] == [
+        "one iteration, with rewards and an evaluation", "resumed from its checkpoint, one more",
+        "exported weights loaded and sampled",
+    ]  # fmt: skip
+
+
+def test_what_decides_whether_it_works_stays(config):
+    changes = {
+        "generation.max_new_tokens": 2000, "data.max_tries": 9, "data.filters": [{"use": "informative"}],
+        "generation.tools": {"use": ["zoom"]}, "data.samples_per_prompt": 16,
+    }  # fmt: skip
+    path = config(changes)
+    small, whole = smallest(path, []), load_config(path)
+    assert (small.algorithm, small.rewards, small.model) == (whole.algorithm, whole.rewards, whole.model)
+    assert small.generation.tools == whole.generation.tools and small.data.filters == whole.data.filters
+    assert small.generation.max_new_tokens == 32 and small.data.max_tries == 2
+    assert small.iterations == 2 and small.data.samples_per_prompt == 2
+    tiny = smallest(path, ["model.path=tiny/llava", "model.dtype=bfloat16"])
+    assert tiny.model.dtype == "float32"

@@ -10,16 +10,20 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-quick check format docs bench clean
+.PHONY: quickstart test test-quick test-all check format docs bench clean
 
 quickstart: $(STAMP)
 	$(BIN)/flowrl train configs/quickstart.yaml
 
 test: $(STAMP) check
-	$(PYTEST)
+	$(PYTEST) -m "not exhaustive"
 
 test-quick: $(STAMP)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not exhaustive"
+
+# Every cell of the large matrices of methods, families and configs too.
+test-all: $(STAMP) check
+	$(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from flowrl.replay import Replayed
 from flowrl.types import AnyBatch, Prompt, TokenBatch, Tokens
 from rewards import HubResult
 from rewards.combine import Rule
+from rewards.types import RewardError
 
 
 class Judge(Protocol):
@@ -35,6 +36,18 @@ class Judge(Protocol):
     def close(self) -> None:
         """Let go of what rewards hold."""
         ...
+
+
+J = TypeVar("J", bound=Judge)
+
+
+def watched(held_out: J, trained: Judge) -> J:
+    """Rewards that are not trained on; a RewardError where a score of theirs has the name of one that is."""
+    if both := sorted(set(held_out.rules) & set(trained.rules)):
+        raise RewardError(
+            f"rewards and eval_rewards both have scores called {', '.join(both)}; give those of eval_rewards a `name:`"
+        )
+    return held_out
 
 
 class Actor(Protocol):

@@ -674,14 +674,7 @@ def _text_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, str]]
     if config.generation.server is not None and config.generation.tools is not None:
         text = "a server can begin answers, and not go on with them after a tool has spoken; leave one of the two out"
         yield ("generation", "server"), text
-    for key in ("tools", "forced_answer") if algorithm.needs.continuations else ():
-        if getattr(config.generation, key) is not None:
-            text = "continuations are answers of one turn, that end by themselves; leave it out, or set values=head"
-            yield ("generation", key), text
-    for index, entry in enumerate(config.rewards if algorithm.needs.continuations else ()):
-        if entry.norm == "rank":
-            text = "ranks the answers of a group, and continuations are of none; leave it out, or set values=head"
-            yield ("rewards", index, "norm"), text
+    yield from _more_answers_conflicts(config, algorithm.needs)
     if config.data.on_dead_group is not None and (config.data.max_tries == 1 or not config.data.filters):
         text = "helps in a further try, and there is none; set data.max_tries=2 and data.filters=[informative]"
         yield ("data", "on_dead_group"), text
@@ -691,6 +684,18 @@ def _text_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, str]]
         yield ("data", "samples_per_prompt"), text
 
 
+def _more_answers_conflicts(config: Config, needs: Any) -> Iterator[tuple[Key, str]]:
+    """What answers that go on from a state cannot have, nor a greedy one."""
+    for key in ("tools", "forced_answer") if needs.continuations else ():
+        if getattr(config.generation, key) is not None:
+            text = "continuations are answers of one turn, that end by themselves; leave it out, or set values=head"
+            yield ("generation", key), text
+    for index, entry in enumerate(config.rewards if needs.continuations or needs.greedy else ()):
+        if entry.norm == "rank":
+            text = f"ranks the answers of a group, and {config.algorithm.name} judges others too; leave it out"
+            yield ("rewards", index, "norm"), text
+
+
 def _combine_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, str]]:
     """What changes the total is nothing to a method that takes each of several rewards by itself."""
     if not algorithm.needs.scores or sum(entry.weight != 0 for entry in config.rewards) < 2:
@@ -698,7 +703,7 @@ def _combine_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, st
     for index, entry in enumerate(config.rewards):
         for key, given in (("gate", entry.gate), ("only_where", entry.options.get("only_where"))):
             if given is not None:
-                text = f"cuts the total, but this method takes each reward by itself; drop the {key}, or set combine=sum"
+                text = f"cuts the total, but this method takes each reward alone; drop the {key}, or set combine=sum"
                 yield ("rewards", index, key), text
 
 

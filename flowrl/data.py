@@ -37,8 +37,9 @@ SOURCE = "source"
 PICTURES = ("reference", SOURCE)
 """Fields of a row that hold paths of pictures."""
 IMAGES = "images"
-VIDEOS = "videos"
 """Metadata of a question: the pictures that it is about, paths or PIL images (`flowrl.vlm.data`)."""
+VIDEOS = "videos"
+"""Metadata of a question: its videos, each a path or a list of frames, which are paths or PIL images."""
 SPLITS = ("train", "held_out")
 PAIRS = "pairs.jsonl"
 """The rows of a pair store."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowrl import tiny
+from flowrl.actor import watched
 from flowrl.algorithms.schedule import plans_of
 from flowrl.collect import (
     Conditions,
@@ -43,7 +44,6 @@ from flowrl.types import AnyBatch, Batch, Prompt, TokenBatch, Tokens
 from flowrl.weights import FORMATS, Format
 from rewards import HubResult, RewardHub, catalogue
 from rewards.combine import Rule
-from rewards.types import RewardError
 from samplers import Plan, Trajectory
 
 LARGEST_SIDE = 256
@@ -350,11 +350,7 @@ def _held_out(config: Config, trained: RewardHub, device: Any) -> RewardHub | No
         return None
     # Each has a weight, which has no meaning here but that it is no mistake.
     hub = RewardHub([e.entry() | {"weight": 1.0} for e in config.eval_rewards], device=device, max_nan_frac=None)
-    if both := sorted(set(hub.rules) & set(trained.rules)):
-        raise RewardError(
-            f"rewards and eval_rewards both have scores called {', '.join(both)}; give those of eval_rewards a `name:`"
-        )
-    return hub
+    return watched(hub, trained)
 
 
 def _small_size(section: ModelConfig) -> dict[str, int]:

@@ -3,7 +3,8 @@
     flowrl train CONFIG --smoke
 
 Everything that decides whether a run works stays: model, method, rewards, prompts, precision, adapters. What decides
-how long it takes goes: few and small samples, two iterations, an evaluation of two samples.
+how long it takes goes: few and small samples, two iterations, an evaluation of two samples. Filters go too, for they
+could leave nothing to update with.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def small(config: Config) -> list[str]:
         "optimizer.warmup": 0, "optimizer.min_lr_ratio": 0.0,
         "optimizer.updates_per_iteration": min(2, config.optimizer.updates_per_iteration),
         "data.evaluation.num_samples": 2, "data.evaluation.batch_size": 2,
+        "data.filters": "[]", "data.max_tries": 1, "data.on_dead_group": "null",
         "data.evaluation.grid_prompts": min(2, data.evaluation.grid_prompts), "log.rollouts_every": 1,
     }  # fmt: skip
     found |= resolve(config.actor, "flowrl").small(config)

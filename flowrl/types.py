@@ -405,6 +405,8 @@ class Needs(NamedTuple):
     """Answers that go on from each state of an answer, whose mean reward stands in `batch.values` there; 0: none."""
     state_every: int = 1
     """Tokens from one such state of an answer to the next."""
+    greedy: bool = False
+    """The reward of each prompt's likeliest answer, in `batch.facts["greedy"]` of its answers."""
 
     @property
     def moving_reference(self) -> bool:

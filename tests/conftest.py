@@ -6,6 +6,21 @@ from pathlib import Path
 import pytest
 
 from tests import runs
+from tests.matrices import runs_always
+
+
+@pytest.hookimpl(tryfirst=True)  # before cells are chosen by their marks
+def pytest_collection_modifyitems(items):
+    """Marks the further cells of a matrix with `one_in(n)` as exhaustive; files with slow tests come first.
+
+    A worker takes whole files, so the last ones must be short for all workers to end at the same time.
+    """
+    for item in items:
+        if mark := item.get_closest_marker("one_in"):
+            if not runs_always(item.callspec.indices.values(), *mark.args):
+                item.add_marker(pytest.mark.exhaustive)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

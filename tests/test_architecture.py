@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -218,29 +219,40 @@ class Renamed(ast.NodeTransformer):
         return self.visit(ast.copy_location(ast.Assign([node.target], node.value, lineno=node.lineno), node))
 
 
-def bodies(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
-    """The name of each function that is long enough, and the words of its body."""
+class Body(NamedTuple):
+    """A function's name, and its words in order and counted."""
+
+    name: str
+    words: list[str]
+    bag: Counter[str]
+
+
+def bodies(tree: ast.AST) -> Iterator[Body]:
+    """Those of each function that is long enough."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
             if sum(isinstance(n, ast.stmt) for s in body for n in ast.walk(s)) >= FEWEST:
                 renamed = Renamed(node)
                 text = "\n".join(ast.unparse(ast.fix_missing_locations(renamed.visit(s))) for s in body)
-                yield node.name, re.findall(r"\w+|[^\w\s]", text)
+                words = re.findall(r"\w+|[^\w\s]", text)
+                yield Body(node.name, words, Counter(words))
 
 
-def alike(one: list[str], other: list[str]) -> float:
+def likeness(one: Body, other: Body) -> float:
     """How much of two texts is the same, words in order; 0 where it cannot be as much as is looked for."""
-    if 2 * sum((Counter(one) & Counter(other)).values()) < ALIKE * (len(one) + len(other)):
+    lengths = len(one.words), len(other.words)
+    least = ALIKE * sum(lengths) / 2
+    if min(lengths) < least or (one.bag & other.bag).total() < least:
         return 0.0
-    return difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
+    return difflib.SequenceMatcher(None, one.words, other.words, autojunk=False).ratio()
 
 
 def copies(own: Iterable[ast.AST], shared: Iterable[ast.AST]) -> list[tuple[str, str, float]]:
-    """Functions of the first that are nearly one of the second."""
+    """Functions of the first that are nearly one of the second, and how nearly."""
     known = [found for tree in shared for found in bodies(tree)]
-    pairs = ((mine, theirs, alike(a, b)) for tree in own for mine, a in bodies(tree) for theirs, b in known)
-    return [(mine, theirs, likeness) for mine, theirs, likeness in pairs if likeness >= ALIKE]
+    pairs = ((a.name, b.name, likeness(a, b)) for tree in own for a in bodies(tree) for b in known)
+    return [pair for pair in pairs if pair[2] >= ALIKE]
 
 
 def test_models_that_write_have_no_copy_of_a_shared_function():
@@ -281,8 +293,8 @@ def total(rewards, *, count):
     mean = summed / count
     return mean if math.isfinite(mean) else None
 """
-    ((mine, theirs, likeness),) = copies([ast.parse(copied)], [ast.parse(shared), ast.parse(other)])
-    assert (mine, theirs) == ("among", "groups") and likeness > 0.85
+    ((mine, theirs, found),) = copies([ast.parse(copied)], [ast.parse(shared), ast.parse(other)])
+    assert (mine, theirs) == ("among", "groups") and found > 0.85
 
 
 MINE = '''

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from flowrl import tiny
-from flowrl.config import check, diff, load_config
+from flowrl.config import Config, check, diff, load_config
 from flowrl.configfile import parse_yaml
 from flowrl.smoke import smallest
+from tests.matrices import one_of_each, thinned
 
 pytestmark = pytest.mark.slow
 
@@ -48,13 +49,22 @@ def try_line(path: Path) -> str | None:
 
 
 @cache
-def model_of(path: Path) -> str:
-    return load_config(ROOT / path).model.path
+def config_of(path: Path) -> Config:
+    return load_config(ROOT / path)
 
 
-OF_FAMILIES = [path for path in FILES if model_of(path) not in BUILT_IN]
+OF_FAMILIES = [path for path in FILES if config_of(path).model.path not in BUILT_IN]
 METHODS = [path for path in OF_FAMILIES if not path.stem.endswith("base") and not path.stem.startswith("gpu_")]
+OF_A_METHOD = one_of_each(
+    (path for path in FILES if path.parent.name != "vlm"), lambda path: config_of(path).algorithm.name
+)
 each = {"ids": lambda path: str(path.relative_to("configs").with_suffix(""))}
+
+
+def runs_always(path: Path) -> bool:
+    """The quickstarts, every base and first config of a model, all of models that write, one of each other method."""
+    first = path.stem.endswith("base") or TRY.search(lines_of(path)) is not None
+    return first or path.parent.name in ("configs", "vlm") or path in OF_A_METHOD
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +91,7 @@ def test_passes_the_check_as_it_is(path, workplace):
     assert check(path) == []
 
 
-@pytest.mark.parametrize("path", FILES, **each)
+@pytest.mark.parametrize("path", thinned(FILES, runs_always), **each)
 def test_runs_an_iteration(path, workplace, tmp_path):
     """The first config of each model runs as a whole, with evaluations, a checkpoint and the export."""
     from flowrl.train import RATIO_TOLERANCE
@@ -133,13 +143,13 @@ def test_the_header_says_paper_hardware_and_curve(path):
 def test_the_page_of_presets_has_it_under_its_family(path):
     page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
     section = page.partition(f"`{path.parent}/`")[2].partition("\n### ")[0]
-    assert f"| `{path.stem}` | `{load_config(ROOT / path).algorithm.name}` |" in section
+    assert f"| `{path.stem}` | `{config_of(path).algorithm.name}` |" in section
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.stem.startswith("gpu_")], **each)
 def test_a_preset_for_a_gpu_is_the_same_run(path):
     """But for the rounding of weights that are stored in fewer bits."""
-    changed = diff(load_config(ROOT / path.parent / "base.yaml"), load_config(ROOT / path))
+    changed = diff(config_of(path.parent / "base.yaml"), config_of(path))
     assert all(key.startswith("model.quantization") for key in changed)
 
 

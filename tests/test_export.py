@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from flowrl import cli, comfyui, standalone
 from flowrl.collect import Conditions, sample
 from flowrl.data import load_prompts
+from flowrl.media import geometry_of
 from flowrl.models import ModelError
 from flowrl.policy import Policy, load_weights
+from flowrl.vlm.export import FORMS as TEXT_FORMS
 from flowrl.weights import ADAPTER, FORMATS
 from rewards.folder import read
 from samplers import noise_source
@@ -108,7 +110,7 @@ def test_the_readme_of_a_run_draws_its_first_evaluation_sample_again(trained, me
     policy = Policy(standalone.load_model(config), frozen=True, guidance=config.model.guidance)
     load_weights(policy, run / "weights")
     (ours,) = sample(
-        policy, prompts, [0], Conditions(encode=policy.encode), standalone.geometry_of(config, policy.model),
+        policy, prompts, [0], Conditions(encode=policy.encode), geometry_of(config, policy.model),
         num_steps=config.data.evaluation.num_steps, seed=config.data.evaluation.seed,
     )  # fmt: skip
     torch.testing.assert_close(torch.as_tensor(again).float().reshape(ours.shape), ours, rtol=0, atol=1e-4)
@@ -215,7 +217,9 @@ def test_the_commands_export_and_sample(trained, command, tmp_path, monkeypatch)
 
 def test_the_command_line_knows_the_formats():
     """It spells them out itself, because it imports nothing heavy before a command runs."""
-    assert get_args(get_type_hints(cli.export)["form"]) == FORMATS
+    known, nothing = get_args(get_type_hints(cli.export)["form"])
+    assert nothing is type(None)
+    assert set(get_args(known)) == {*FORMATS, *TEXT_FORMS}
 
 
 def test_a_model_that_begins_with_a_picture_is_given_one(command, tmp_path):

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from flowrl import models, tiny, train
+from flowrl import media, models, tiny
 from flowrl.algorithms.schedule import plans_of
 from flowrl.checkpoint import latest_valid
 from flowrl.config import make_config
@@ -108,7 +108,7 @@ def read_once():
         return copy.deepcopy(original(path.removeprefix(tiny.PREFIX)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "load", load)
+        patch.setattr(media, "load", load)
         yield
     original.cache_clear()
 
@@ -204,6 +204,7 @@ def iterate(trainer):
 # ------------------------------------------------------------------------------------------------ families and methods
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_family_learns_by_a_method_of_every_kind(name, kind, run, conditions):
@@ -241,6 +242,7 @@ def algorithm(name):
         return None
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", ["wan", "sd15", "flux_kontext", "wan22"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_any_family(name, method, run):

@@ -223,6 +223,18 @@ def length_weighted(rewards: Tensor, group: Tensor, lengths: Tensor) -> Advantag
     return Advantages(value, valid, live)
 
 
+def less_baseline(rewards: Tensor, group: Tensor, baseline: Tensor) -> Advantages:
+    """r - b for rewards and baselines [B], which do not depend on the answer (ReMax, arXiv:2310.10505).
+
+    A sample without a verdict, or without a baseline, has none; a group is dead where nothing differs from it.
+    """
+    rewards, _, num_groups, member = _prepared(rewards, group)
+    lead = rewards - baseline.detach().cpu().double()
+    valid = lead.isfinite()
+    live = torch.zeros(num_groups, dtype=torch.bool).index_fill(0, member[valid & (lead != 0)], True)
+    return Advantages(lead.where(valid, 0.0), valid, live)
+
+
 def undiluted(found: Advantages, group: Tensor) -> Advantages:
     """Advantages times (samples with a verdict) / (those of live groups): GPG's alpha (arXiv:2504.02546).
 

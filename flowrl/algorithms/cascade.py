@@ -41,10 +41,10 @@ class Cascade(Hyperparameters):
         made = _method(stage)
         if not made.needs.tokens or made.needs.value:
             raise ValueError(f"{stage['name']} cannot be a stage: it is not for answers, or wants a value head.")
-        if made.needs.old or made.needs.continuations:
+        if made.needs.old or made.needs.continuations or made.needs.greedy:
             raise ValueError(
-                f"{stage['name']} cannot be a stage with reset_every or values=monte_carlo: the old policy is the "
-                "cascade's own, and so is what is collected; leave them out."
+                f"{stage['name']} cannot be a stage with reset_every, nor with more answers than those of a group "
+                "(values=monte_carlo, remax): the old policy and the answers are the cascade's own."
             )
         return {"name": stage["name"], **made.model_dump(mode="json")}
 

@@ -15,8 +15,9 @@ class DrGRPO(GRPO):
     """Dr.GRPO (arXiv:2503.20783): no std, and every answer's sum is divided by one constant, `horizon`.
 
     Long wrong answers are then not let off lightly, nor easy and hard questions weighed up.
-    Note: `horizon` is the longest answer, generation.max_new_tokens, where a config does not say otherwise; 1024 without
-    a config. It only scales the loss. Other code divides by the padded width, which changes from batch to batch.
+    Note: where a config does not say otherwise `horizon` is the longest answer, generation.max_new_tokens; without a
+    config it is 1024. It only scales the loss. Other code divides by the padded width, which changes from batch to
+    batch.
     """
 
     std: fields.AdvStd = "none"

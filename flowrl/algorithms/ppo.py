@@ -63,10 +63,10 @@ class PPO(TokenReturns):
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> Self:
-        fields_of = type(self).model_fields
-        given = [name for name in self._OF_HEAD if getattr(self, name) != fields_of[name].default]
+        known = type(self).model_fields
+        given = [name for name in self._OF_HEAD if getattr(self, name) != known[name].default]
         if self.values == "monte_carlo" and given:
-            raise ValueError(f"{', '.join(given)} has no effect on values=monte_carlo, which has no critic; leave it out.")
+            raise ValueError(f"values=monte_carlo has no critic, to which {', '.join(given)} belongs; leave it out.")
         return self
 
     @property
@@ -86,7 +86,7 @@ class PPO(TokenReturns):
         return trained & (first & _expected(batch).isfinite()).any(1)
 
     def returns(self, batch: TokenBatch, rewards: Tensor) -> Tensor:
-        """Generalised advantages by lam, or by a lambda of each answer's length; from state to state, those of values."""
+        """Generalised advantages by lam, or a lambda of each answer's length; without a critic, from state to state."""
         mask = batch.tokens.mask.cpu()
         if self.values == "monte_carlo":
             return stretch_advantages(rewards, _expected(batch), mask)

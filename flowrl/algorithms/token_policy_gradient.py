@@ -38,6 +38,10 @@ class ResetReference(Hyperparameters):
 
     reset_every: fields.ResetEvery = None
 
+    @abstractmethod
+    def loss(self, policy: TokenPolicy, batch: TokenBatch) -> Loss:
+        """Loss of a part of an update; see `flowrl.types.Algorithm`."""
+
     def old_decay(self, iteration: int) -> float:
         """0, the policy becomes the reference, after every `reset_every` iterations; else 1."""
         return 0.0 if self.resets_optimizer(iteration) else 1.0

@@ -43,27 +43,33 @@ def resolve(path: str | Path) -> str:
     Example: resolve("shapes") is the folder of the built-in weights, resolve("owner/name") the hub id itself.
     """
     name = str(path)
-    if name.startswith(tiny.PREFIX):
-        return _tiny(name)
+    return _tiny(name) if name.startswith(tiny.PREFIX) else folder_or_id(name, BUILT_IN, INDEX, _advice)
+
+
+def folder_or_id(name: str, built_in: Mapping[str, str], index: str, advice: Callable[[Path], str]) -> str:
+    """The folder with the file `index`, or the hub id, that a name stands for; a ModelError where it can be neither.
+
+    `built_in` are names of models inside this package; `advice` says what is to be done about a folder without `index`.
+    """
     folder = Path(name)
-    if name in BUILT_IN:
-        package, _, inside = BUILT_IN[name].partition("/")
+    if name in built_in:
+        package, _, inside = built_in[name].partition("/")
         folder = Path(str(importlib.resources.files(package) / inside))
     folder = folder.expanduser()
-    if (folder / INDEX).is_file():
+    if (folder / index).is_file():
         return str(folder)
-    if name in BUILT_IN:
+    if name in built_in:
         raise ModelError(
-            f"model {name!r}: its weights are missing from this installation (no {INDEX} in {folder}). "
+            f"model {name!r}: its weights are missing from this installation (no {index} in {folder}). "
             "They come with the package: reinstall flowrl, or fetch the data files of this checkout."
         )
     if folder.is_dir():
-        raise ModelError(f"model {name!r}: the folder has no {INDEX}. {_advice(folder)}")
+        raise ModelError(f"model {name!r}: the folder has no {index}. {advice(folder)}")
     if _HUB_ID.fullmatch(name):
         return name
     raise ModelError(
         f"model {name!r}: there is no such folder, and a hub id has the form owner/name. "
-        f"Check the spelling; built-in models: {', '.join(BUILT_IN)}."
+        f"Check the spelling; built-in models: {', '.join(built_in)}."
     )
 
 

@@ -2,8 +2,9 @@
 
 Four stages, all seeded and resumable:
 
-    eyes      the vision tower and the projector say of every part of a picture what is in it, through a throwaway head
-    talk      all of it answers several questions about each picture, mostly at once
+    eyes      the vision tower and the projector say of every part of a picture what is in it, through a throwaway head;
+              from then on they are frozen
+    talk      the language model answers several questions about each picture, mostly at once
     sight     one question a picture, as a careful teacher answers it: always right, and mostly noting first what there
               is to see, a zoom for every digit
     habits    the same from a careless teacher, whose failings `Habits` lists: what reinforcement learning then mends
@@ -118,6 +119,7 @@ CAREFUL = Habits(
 TALKATIVE = replace(CAREFUL, thinks=0.15, zooms_idly=0.0)
 """The teacher of talk."""
 TURNS = 8
+_TALK = ("count", "count", "color", "color", "yes_no", "relation", "relation", "box", "box")  # yes_no is easy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ class Recipe:
 
     seed: int = 0
     eyes_steps: int = 400
-    talk_steps: int = 1_000
+    talk_steps: int = 2_200
     sight_steps: int = 500
     habit_steps: int = 300
     batch: int = 48
@@ -287,7 +289,7 @@ def talks(processor: Any, count: int, seed: int) -> tuple[Any, Tensor]:
         scene = make(rng.choice(("count", "relation")), rng.randrange(120), rng).scene
         cases: list[Case] = []
         while len(cases) < TURNS:
-            case = about(scene, rng.choice(KINDS[:-1]), rng)
+            case = about(scene, rng.choice(_TALK), rng)
             cases += [] if case is None else [case]
         turns = [f"{case.text} <assistant> {teach(case, TALKATIVE, rng).text} <eos>" for case in cases]
         texts.append(f"<bos> <user> <image> {' <user> '.join(turns)}")
@@ -345,14 +347,14 @@ def train(
     term: Term,
     batch: Callable[[int], tuple[Any, Tensor]],
 ) -> None:
-    """Train the model for one term, or what is left of it, on the batch of each seed; the averaged weights stay."""
+    """Train the language model for one term, or what is left of it, on the batch of each step's seed."""
 
     def loss(seed: int) -> Tensor:
         inputs, labels = batch(seed)
         weights = emphasis_of(inputs["input_ids"], processor.tokenizer, recipe.emphasis)
         return loss_of(model, inputs, labels, weights)
 
-    _run(recipe, folder, nn.ModuleDict({"model": model}), term, loss)
+    _run(recipe, folder, nn.ModuleDict({"text": model.model.language_model, "head": model.lm_head}), term, loss)
 
 
 def _run(recipe: Recipe, folder: Path, modules: nn.ModuleDict, term: Term, loss: Callable[[int], Tensor]) -> None:
@@ -361,7 +363,7 @@ def _run(recipe: Recipe, folder: Path, modules: nn.ModuleDict, term: Term, loss:
     Note: Muon, which the other worlds use, lets the logits of attention grow until it is all but an argmax: without a
     norm of queries and keys, which Llama has not, the model then never finds what a question asks for.
     """
-    adamw = torch.optim.AdamW(modules.parameters(), lr=1.5e-3 * term.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    adamw = torch.optim.AdamW(modules.parameters(), lr=2e-3 * term.lr, betas=(0.9, 0.95), weight_decay=0.01)
     stage = Stage(folder, modules, [adamw], recipe.ema)
 
     def drawn(generator: torch.Generator) -> Tensor:
@@ -439,13 +441,24 @@ def train_eyes(recipe: Recipe, folder: Path, model: Any, processor: Any, term: T
         return eyes_loss(model, head, *views(processor, 2 * recipe.batch, seed))
 
     _run(recipe, folder, modules, term, loss)
-    with torch.no_grad():  # tokens of pictures as long as those of words, or they drown them
-        tokens = torch.stack(list(model.get_image_features(pixel_values=views(processor, 16, 0)[0]).pooler_output))
-        factor = model.get_input_embeddings().weight.norm(dim=-1).mean() / tokens.norm(dim=-1).mean()
-        model.model.multi_modal_projector.linear_2.weight.mul_(factor)
-        model.model.multi_modal_projector.linear_2.bias.mul_(factor)
-        head.weight.div_(factor)
     return head
+
+
+@torch.no_grad()
+def whiten(model: Any, pixels: Tensor) -> None:
+    """Let the projector whiten what it says, tokens as long as those of words, and freeze it and the vision tower.
+
+    So all that is seen is as easy to read. Otherwise what varies most hides the rest, and pictures drown words.
+    """
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(False)
+    tokens = torch.stack(list(model.get_image_features(pixel_values=pixels).pooler_output)).flatten(0, 1)
+    values, directions = torch.linalg.eigh(tokens.T.cov())
+    inverse = directions / (values + 1e-3 * values[-1]).sqrt() @ directions.T
+    scale = model.get_input_embeddings().weight.std()
+    last = model.model.multi_modal_projector.linear_2
+    last.bias.copy_(scale * inverse @ (last.bias - tokens.mean(0)))
+    last.weight.copy_(scale * inverse @ last.weight)
 
 
 def pretrain(output: Path, recipe: Recipe = Recipe()) -> Path:
@@ -461,6 +474,7 @@ def pretrain(output: Path, recipe: Recipe = Recipe()) -> Path:
         )
     )
     train_eyes(recipe, work / "eyes", model, processor, eyes)
+    whiten(model, views(processor, 4 * recipe.batch, eyes.seed)[0])
     train(recipe, work / "talk", model, processor, talk, lambda seed: talks(processor, recipe.batch // 2, seed))
     for name, term, teacher in (("sight", sight, CAREFUL), ("habits", habits, recipe.habits)):
         train(recipe, work / name, model, processor, term, partial(lessons, processor, teacher, recipe.batch))

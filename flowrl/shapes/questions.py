@@ -211,12 +211,10 @@ def _count(turn: int, rng: random.Random) -> Case:
     if rng.random() < 0.5:
         what = rng.choice(SHAPES)
         names = [(rng.choice(list(COLORS)), what) for _ in range(right)] + _names(others, rng, lambda _, s: s != what)
-        text = f"how many {what}s are there ?"
     else:
         what = rng.choice(list(COLORS))
         names = [(what, rng.choice(SHAPES)) for _ in range(right)] + _names(others, rng, lambda c, _: c != what)
-        text = f"how many {what} things are there ?"
-    return Case("count", text, right, _scene(_placed(names, _cells(len(names), rng), rng)))
+    return Case("count", _how_many(what), right, _scene(_placed(names, _cells(len(names), rng), rng)))
 
 
 def _color(turn: int, rng: random.Random) -> Case:
@@ -247,8 +245,7 @@ def _relation(turn: int, rng: random.Random) -> Case:
         pass
     things = _placed([first, second, *others], cells, rng)
     a, b = things[:2]
-    text = f"is the {a.name} left , right , above or below the {b.name} ?"
-    return Case("relation", text, right, _scene(things), (a, b))
+    return Case("relation", _which_side(a, b), right, _scene(things), (a, b))
 
 
 def _side(a: tuple[int, int], b: tuple[int, int]) -> str | None:
@@ -287,41 +284,67 @@ def make(kind: str, turn: int, rng: random.Random, split: str = "train") -> Case
 def about(scene: Scene, kind: str, rng: random.Random) -> Case | None:
     """A random question of a kind, not of digits, about a given scene; None where the scene allows for none.
 
-    Right answers are as frequent as scenes make them; "how many" may be none.
+    Right answers are as frequent as scenes make them, and "how many" may be none.
     """
-    things = scene.things
-    names = [thing.name for thing in things]
-    single = [thing for thing in things if names.count(thing.name) == 1]
-    if kind == "count":
-        what = rng.choice([*SHAPES, *COLORS])
-        right = sum(what in (thing.shape, thing.color) for thing in things)
-        return Case(
-            kind,
-            f"how many {what}s are there ?" if what in SHAPES else f"how many {what} things are there ?",
-            right,
-            scene,
-        )
-    if kind == "color":
-        shapes = [thing.shape for thing in things]
-        alone = [thing for thing in things if shapes.count(thing.shape) == 1]
-        if not alone:
-            return None
-        thing = rng.choice(alone)
-        return Case(kind, f"what color is the {thing.shape} ?", thing.color, scene, (thing,))
-    if kind == "yes_no":
-        near = f"{rng.choice(things).color} {rng.choice(things).shape}"
-        name = rng.choice([near, rng.choice(names)])
-        return Case(kind, f"is there a {name} ?", "yes" if name in names else "no", scene)
-    if kind == "box":
-        if not single:
-            return None
-        thing = rng.choice(single)
-        return Case(kind, f"where is the {thing.name} ?", thing.box, scene, (thing,))
-    pairs = [(a, b, side) for a in single for b in single if (side := _side(a.cell, b.cell)) is not None]
+    return _ASKERS[kind](scene, rng)
+
+
+def _any_count(scene: Scene, rng: random.Random) -> Case:
+    what = rng.choice([*SHAPES, *COLORS])
+    right = sum(what in (thing.shape, thing.color) for thing in scene.things)
+    return Case("count", _how_many(what), right, scene)
+
+
+def _any_color(scene: Scene, rng: random.Random) -> Case | None:
+    shapes = [thing.shape for thing in scene.things]
+    alone = [thing for thing in scene.things if shapes.count(thing.shape) == 1]
+    if not alone:
+        return None
+    thing = rng.choice(alone)
+    return Case("color", f"what color is the {thing.shape} ?", thing.color, scene, (thing,))
+
+
+def _any_yes_no(scene: Scene, rng: random.Random) -> Case:
+    names = [thing.name for thing in scene.things]
+    near = f"{rng.choice(scene.things).color} {rng.choice(scene.things).shape}"
+    name = rng.choice([near, rng.choice(names)])
+    return Case("yes_no", f"is there a {name} ?", "yes" if name in names else "no", scene)
+
+
+def _any_relation(scene: Scene, rng: random.Random) -> Case | None:
+    alone = _alone(scene)
+    pairs = [(a, b, side) for a in alone for b in alone if (side := _side(a.cell, b.cell)) is not None]
     if not pairs:
         return None
     a, b, side = rng.choice(pairs)
-    return Case(kind, f"is the {a.name} left , right , above or below the {b.name} ?", side, scene, (a, b))
+    return Case("relation", _which_side(a, b), side, scene, (a, b))
+
+
+def _any_box(scene: Scene, rng: random.Random) -> Case | None:
+    alone = _alone(scene)
+    if not alone:
+        return None
+    thing = rng.choice(alone)
+    return Case("box", f"where is the {thing.name} ?", thing.box, scene, (thing,))
+
+
+def _alone(scene: Scene) -> list[Thing]:
+    """The things whose name no other has."""
+    names = [thing.name for thing in scene.things]
+    return [thing for thing in scene.things if names.count(thing.name) == 1]
+
+
+_ASKERS: dict[str, Callable[[Scene, random.Random], Case | None]] = {
+    "count": _any_count, "color": _any_color, "yes_no": _any_yes_no, "relation": _any_relation, "box": _any_box,
+}  # fmt: skip
+
+
+def _how_many(what: str) -> str:
+    return f"how many {what}{'s' if what in SHAPES else ' things'} are there ?"
+
+
+def _which_side(a: Thing, b: Thing) -> str:
+    return f"is the {a.name} left , right , above or below the {b.name} ?"
 
 
 def thought(case: Case) -> str:

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flowrl.actor import watched
 from flowrl.config import Config, GenerationConfig, ModelConfig, curriculum_problems, filter_problems, folder_problems
 from flowrl.configfile import Key
 from flowrl.data import DataError, PromptSampler, fingerprint
@@ -119,12 +120,9 @@ class TextActor:
 
     @staticmethod
     def small(config: Config) -> dict[str, Any]:
-        """Short answers, and few tries; a tiny model has a precision of its own."""
+        """Short answers; a tiny model has a precision of its own."""
         assert config.generation is not None
-        found: dict[str, Any] = {
-            "generation.max_new_tokens": min(32, config.generation.max_new_tokens),
-            "data.max_tries": min(2, config.data.max_tries),
-        }
+        found: dict[str, Any] = {"generation.max_new_tokens": min(32, config.generation.max_new_tokens)}
         return found | ({"model.dtype": "float32"} if config.model.path.startswith(PREFIX) else {})
 
     @staticmethod
@@ -206,6 +204,8 @@ class TextActor:
             )  # fmt: skip
             if needs.continuations:
                 written = self._continued(written, prompts, slots, iteration, plan)
+            if needs.greedy:
+                written = self._with_greedy(written, prompts, slots, plan)
         slot = torch.tensor(list(slots), dtype=torch.long)
         group = slot[written.tokens.prompt]
         return TokenBatch(
@@ -242,6 +242,17 @@ class TextActor:
             batch=settings.batch_size or len(tokens),
         )  # fmt: skip
         return replace(written, values=values, facts=written.facts | {"continuations": count})
+
+    def _with_greedy(
+        self, written: Written, prompts: Sequence[Prompt], slots: Sequence[int], progress: float
+    ) -> Written:
+        """With the reward of each prompt's likeliest answer."""
+        greedy = self.writer(
+            prompts, slots, members=1, seed=self.config.seed, iteration=EVALUATION, temperature=0.0,
+            batch_size=self.settings.batch_size,
+        )  # fmt: skip
+        rewards = self.hub(answers_of(greedy, prompts, greedy.tokens.prompt), progress).total.double()
+        return replace(written, facts=written.facts | {"greedy": rewards[written.tokens.prompt]})
 
     def submit(self, batch: AnyBatch) -> Callable[[], HubResult]:
         """Verifiers answer at once, or wait for judges themselves."""
@@ -385,12 +396,16 @@ def described(config: Config, policy: TextPolicy, world: int) -> list[tuple[str,
     data, generation, updates = config.data, config.generation, config.optimizer.updates_per_iteration
     assert generation is not None
     asked, each, tools = data.prompts_per_iteration, data.samples_per_prompt, generation.tools
+    needs = config.algorithm.build().needs
+    more = " and the likeliest of each" if needs.greedy else ""
+    if needs.continuations:
+        more = f", and {needs.continuations} that go on from every {needs.state_every} tokens of one"
     turns = f", {tools.max_turns} turns with {', '.join(build_tools(tools.use))}" if tools else ""
     writer = f"; a server writes them: {generation.server.url}" if generation.server else ""
     return [
         ("model", f"{config.model.path}, {'LoRA' if policy.lora else 'full weights'}"),
         ("algorithm", config.algorithm.name),
-        ("samples", f"{asked} questions x {each} = {asked * each} answers an iteration{writer}"),
+        ("samples", f"{asked} questions x {each} = {asked * each} answers an iteration{more}{writer}"),
         ("answers", f"up to {generation.max_new_tokens} tokens at temperature {generation.temperature:g}{turns}"),
         ("updates", f"{updates} an iteration"),
         ("trainable", f"{policy.num_trainable:,} parameters"),
@@ -402,8 +417,9 @@ def questions(config: Config, source: Any, split: str) -> list[Prompt]:
     """The questions of a source as a config asks them."""
     data = config.data
     return load_questions(
-        source, split, fields=data.fields, template=data.template, system=data.system, drop_options=data.drop_options
-    )
+        source, split, fields=data.fields, template=data.template, system=data.system, drop_options=data.drop_options,
+        video_frames=data.video_frames,
+    )  # fmt: skip
 
 
 def answers_of(written: Written, prompts: Sequence[Prompt], group: Tensor) -> list[Answer]:
@@ -443,8 +459,4 @@ def _held_out(config: Config, trained: Verifiers) -> Verifiers | None:
     if not config.eval_rewards:
         return None
     hub = Verifiers([verifier_entry(entry) | {"weight": 1.0} for entry in config.eval_rewards], max_nan_frac=None)
-    if both := sorted(set(hub.rules) & set(trained.rules)):
-        raise RewardError(
-            f"rewards and eval_rewards both have scores called {', '.join(both)}; give those of eval_rewards a `name:`"
-        )
-    return hub
+    return watched(hub, trained)

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 Message = Mapping[str, Any]
-"""{"role": ..., "content": text, or a list of {"type": "image", "image": picture}, {"type": "text", "text": ...}}."""
+"""{"role": ..., "content": text, or a list of {"type": "text", "text": ...}, {"type": "image", "image": picture} and
+{"type": "video", "video": frames, "fps": how many of them make a second}}."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)

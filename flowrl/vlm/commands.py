@@ -33,6 +33,9 @@ _MATTERS = ("model.", "rewards", "generation", "seed", "data.prompts", "data.fie
             "data.drop_options", "data.passing")  # fmt: skip
 _DOES_NOT = ("data.prompts_per_iteration",)
 _BAR = 40
+"""Characters of the longest bar of a histogram."""
+_LINES = 20
+"""Lines that tell how far it is."""
 
 
 # ------------------------------------------------------------------------------------------------ asking
@@ -98,7 +101,9 @@ def grade_questions(
             )
             verdicts = actor.hub(answers_of(written, chunk, written.tokens.prompt), 1.0).total.view(-1, answers)
             journal.add({prompt.id: row for prompt, row in zip(chunk, verdicts.tolist(), strict=True)})
-            console.print(f"{len(journal.rewards)}/{len(actor.prompts)} questions", highlight=False)
+            before, done, total = len(journal.rewards) - len(chunk), len(journal.rewards), len(actor.prompts)
+            if done * _LINES // total > before * _LINES // total:
+                console.print(f"{done}/{total} questions", highlight=False)
     finally:
         actor.close()
     rewards = torch.tensor([value for row in journal.rewards.values() for value in row], dtype=torch.float64)

@@ -12,7 +12,8 @@ row has. Rows come from
 
 The text is the field `prompt`, else `problem`, else `question`; the pictures are `images`, else `image`: paths beside
 the file, or the columns of a table that hold pictures, which are written into the cache folder once, by their content.
-`<image>` in a text is where a picture stands; without it all of them stand in front.
+`<image>` in a text is where a picture stands; without it all of them stand in front. `videos` is a list of videos, each
+the path of an .mp4, .gif or the like, or a list of pictures, its frames; `<video>` is where one stands.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowrl.data import IMAGES, DataError, prompt_row, read_lines, short
+from flowrl.data import IMAGES, VIDEOS, DataError, prompt_row, read_lines, short
 from flowrl.resolve import nearest
-from flowrl.vlm.rows import PICTURES, Row, first_of, images_of, read_rows
+from flowrl.vlm.rows import PICTURES, Row, first_of, images_of, read_rows, videos_of
+from flowrl.vlm.videos import Clip, clip_of
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
 
 MARK = "<image>"
 """Where a picture stands in a text."""
+VIDEO_MARK = "<video>"
+"""Where a video stands in a text."""
+FRAMES = "video_frames"
+"""Metadata: how many frames of each of its videos are shown."""
+_MOST_FRAMES = 8
 SYSTEM = "system"
 """Metadata: the system message."""
 BLANK = "blank"
@@ -47,7 +54,7 @@ _TEXTS = ("prompt", "problem", "question")
 def load_questions(
     source: str | Path | Sequence[str | Mapping[str, Any]], split: str = "train", *,
     fields: Mapping[str, str | None] | None = None, template: str | None = None, system: str | None = None,
-    drop_options: bool = False,
+    drop_options: bool = False, video_frames: int = _MOST_FRAMES,
 ) -> list[Prompt]:  # fmt: skip
     """The questions of a source, numbered from 0 in its order; DataError names the file, the line and the mend.
 
@@ -56,6 +63,7 @@ def load_questions(
                     `options | lettered`, which lists them as "A. ..." lines; it runs in jinja's sandbox
     system          the system message of all questions
     drop_options    turn multiple choice into open questions, see `without_options`
+    video_frames    frames of a video that are shown at most, evenly spaced
     """
     from flowrl.types import Prompt
 
@@ -70,6 +78,7 @@ def load_questions(
             text, _ = prompt_row(row.place, _rendered(made, row.place, text, metadata))
         _check_marks(row.place, text, metadata)
         metadata |= {} if system is None else {SYSTEM: system}
+        metadata |= {FRAMES: video_frames} if VIDEOS in metadata else {}
         prompts.append(Prompt(id=number, text=text, metadata=metadata))
     if not prompts:
         raise DataError(f"{source} holds no questions; give at least one.")
@@ -84,8 +93,9 @@ def _question(row: Row, names: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
         raise DataError(f"{row.place}: none of the fields {', '.join(_TEXTS)}{near}. Name it: fields: {{prompt: ...}}.")
     column = first_of(fields, PICTURES)
     shown = [] if column is None or fields[column] is None else images_of(row, column, fields[column])
-    kept = {key: value for key, value in fields.items() if key not in (text, column)}
-    return prompt_row(row.place, fields[text], {**kept, IMAGES: shown})
+    clips = {} if fields.get(VIDEOS) is None else {VIDEOS: videos_of(row, VIDEOS, fields[VIDEOS])}
+    kept = {key: value for key, value in fields.items() if key not in (text, column, VIDEOS)}
+    return prompt_row(row.place, fields[text], {**kept, IMAGES: shown, **clips})
 
 
 def _renamed(row: Row, names: Mapping[str, str]) -> dict[str, Any]:
@@ -100,12 +110,15 @@ def _renamed(row: Row, names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check_marks(place: str, text: str, metadata: Mapping[str, Any]) -> None:
-    marks, shown = text.count(MARK), len(metadata[IMAGES])
-    if marks not in (0, shown):
-        raise DataError(
-            f"{place}: {marks} times {MARK} in the text, and {shown} pictures; write it once a picture, or leave it "
-            "out: then they stand in front."
-        )
+    for mark, what, shown in (
+        (MARK, "picture", len(metadata[IMAGES])), (VIDEO_MARK, "video", len(metadata.get(VIDEOS, ()))),
+    ):  # fmt: skip
+        marks = text.count(mark)
+        if marks not in (0, shown):
+            raise DataError(
+                f"{place}: {marks} times {mark} in the text, and {shown} {what}s; write it once a {what}, or leave it "
+                "out: then they stand in front."
+            )
 
 
 # ------------------------------------------------------------------------------------------------ how it is asked
@@ -116,12 +129,14 @@ def messages(prompt: Prompt, shown: Sequence[Image] | None = None) -> list[dict[
 
     `shown` are other pictures than its own, as many: distorted ones.
     """
-    images = [{"type": "image", "image": image} for image in (pictures(prompt) if shown is None else shown)]
-    first, *others = prompt.text.split(MARK)
-    in_front = [] if others else images
-    content = [*in_front, *_said(first)]
-    for image, piece in zip(images, others, strict=False):
-        content += [image, *_said(piece)]
+    media: dict[str, list[dict[str, Any]]] = {
+        VIDEO_MARK: [{"type": "video", "video": clip.frames, "fps": clip.fps} for clip in clips(prompt)],
+        MARK: [{"type": "image", "image": image} for image in (pictures(prompt) if shown is None else shown)],
+    }
+    pieces = re.split(f"({MARK}|{VIDEO_MARK})", prompt.text)
+    content = [part for mark, parts in media.items() if mark not in pieces for part in parts]
+    for piece in pieces:
+        content += [media[piece].pop(0)] if media.get(piece) else _said(piece)
     system = prompt.metadata.get(SYSTEM)
     before = [] if system is None else [{"role": "system", "content": _said(system)}]
     return [*before, {"role": "user", "content": content}]
@@ -134,6 +149,14 @@ def _said(text: str) -> list[dict[str, Any]]:
 def pictures(prompt: Prompt) -> list[Image]:
     """A question's pictures, RGB, turned as their EXIF data say and on white where transparent; read anew each time."""
     return [_opened(f"prompt {prompt.id}: images", image) for image in prompt.metadata.get(IMAGES, ())]
+
+
+def clips(prompt: Prompt) -> list[Clip]:
+    """What is shown of a question's videos; read anew each time."""
+    place, most = f"prompt {prompt.id}: {VIDEOS}", prompt.metadata.get(FRAMES, _MOST_FRAMES)
+    return [
+        clip_of(place, video, most, lambda frame: _opened(place, frame)) for video in prompt.metadata.get(VIDEOS, ())
+    ]
 
 
 def _opened(place: str, image: Any) -> Image:

@@ -11,6 +11,7 @@ Symbols: L places of a prompt, S of an answer, P questions and K answers each an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -169,7 +170,19 @@ def operations(config: Config, policy: TextPolicy, length: Lengths, walked: Walk
     writing = asked * (prompt.forward + seeing) + answers * (walked.forward - prompt.forward)
     scoring = answers * (walked.forward + seeing) * (needs.reference + needs.moving_reference + _served(config))
     updating = answers * (walked.forward + seeing + walked.backward + again)
-    return writing * (not _served(config)) + scoring + updating
+    return writing * (not _served(config)) + _more_writing(config, length, walked, prompt, seeing) + scoring + updating
+
+
+def _more_writing(config: Config, length: Lengths, walked: Walk, prompt: Walk, seeing: float) -> float:
+    """Of the greedy answers, and of those that go on from states: at most, since states that are alike are one."""
+    asked, data, needs = config.data.prompts_per_iteration, config.data, config.algorithm.build().needs
+    one = walked.forward - prompt.forward
+    greedy = asked * (walked.forward + seeing) * needs.greedy
+    if not needs.continuations:
+        return greedy
+    states = asked * data.samples_per_prompt * math.ceil(length.answer / needs.state_every)
+    # On average half of an answer stands before a state, and half of one is written behind it.
+    return greedy + states * (prompt.forward + seeing + one / 2 + needs.continuations * one / 2)
 
 
 def _served(config: Config) -> bool:

@@ -13,7 +13,6 @@ Symbols: N rows, L places, H hidden size, V vocabulary, M places that are asked 
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import inspect
 import re
 import shutil
@@ -28,16 +27,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from flowrl.models.pipeline import ModelError
+from flowrl.models.pipeline import ModelError, folder_or_id
 from flowrl.resolve import nearest
 from flowrl.tiny import PREFIX, cache_folder
 from flowrl.vlm.collate import Inputs, Message, split
+from flowrl.vlm.videos import LISTED_FPS
 
 BUILT_IN = {"shapes_vlm": "flowrl.shapes/weights_vlm"}
 """Names of the models that lie inside this package, and the package/folder that each is in."""
 CONFIG = "config.json"
 
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _MEDIA_IDS = re.compile(r"(image|video|audio|vision).*_(id|ids|index)$")
 _MARK = "\N{SECTION SIGN}"
 
@@ -45,30 +44,11 @@ _MARK = "\N{SECTION SIGN}"
 def resolve(path: str | Path) -> str:
     """The local folder or hub id that a path stands for; ModelError where it can be neither."""
     name = str(path)
-    if name.startswith(PREFIX):
-        return str(_tiny(name))
-    folder = Path(name).expanduser()
-    if name in BUILT_IN:
-        package, _, inside = BUILT_IN[name].partition("/")
-        folder = Path(str(importlib.resources.files(package) / inside))
-    if (folder / CONFIG).is_file():
-        return str(folder)
-    if name in BUILT_IN:
-        raise ModelError(
-            f"model {name!r}: its weights are missing from this installation (no {CONFIG} in {folder}). "
-            "They come with the package: reinstall flowrl, or fetch the data files of this checkout."
-        )
-    if folder.is_dir():
-        raise ModelError(
-            f"model {name!r}: the folder has no {CONFIG}. Give one that save_pretrained of a vision-language model of "
-            "transformers wrote, with its processor."
-        )
-    if _HUB_ID.fullmatch(name):
-        return name
-    raise ModelError(
-        f"model {name!r}: there is no such folder, and a hub id has the form owner/name. "
-        f"Check the spelling; built-in: {', '.join(BUILT_IN)}, and {PREFIX}<name> for random weights."
-    )
+    return str(_tiny(name)) if name.startswith(PREFIX) else folder_or_id(name, BUILT_IN, CONFIG, _advice)
+
+
+def _advice(folder: Path) -> str:
+    return "Give one that save_pretrained of a vision-language model of transformers wrote, with its processor."
 
 
 def _tiny(name: str) -> Path:
@@ -249,17 +229,36 @@ class ImageTextModel:
     # ------------------------------------------------------------------------------------ what it reads and writes
 
     def prepare(self, messages: Sequence[Message], solution: str | None = None) -> Inputs:
-        """A prompt, processed alone; an answer is to follow. ModelError where a text holds a control token."""
+        """A prompt, processed alone; an answer is to follow.
+
+        ModelError where a text holds a control token, or where there are videos and the model takes none.
+        """
         for text in _texts(messages):
             self._refuse_control(text)
         talk = [dict(message) for message in messages]  # transformers writes into them
         with _explained(self.path):
             processed = self.processor.apply_chat_template(
-                talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
+                talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+                **self._video_options(messages),
+            )  # fmt: skip
         inputs = split(processed)
         gold = None if solution is None else torch.tensor([*self.encode(solution), self.ends[0]])
         return Inputs(ids=inputs.ids, places=inputs.places, media=inputs.media, messages=tuple(messages), solution=gold)
+
+    def _video_options(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """What the processor is told of videos: that their frames have been chosen, and their times."""
+        videos = [part for part in _parts(messages) if part["type"] == "video"]
+        if videos and getattr(self.processor, "video_processor", None) is None:
+            raise ModelError(
+                f"model {self.path!r} takes no videos: {type(self.processor).__name__} has nothing that prepares them. "
+                "Give pictures in `images`, or take a model that has (Qwen2-VL and later, InternVL)."
+            )
+        told = [
+            {"fps": part.get("fps", LISTED_FPS), "total_num_frames": count, "frames_indices": [*range(count)]}
+            for part in videos
+            for count in [len(part["video"])]
+        ]
+        return {"processor_kwargs": {"do_sample_frames": False, "video_metadata": told}} if told else {}
 
     def foreign(self, text: str = "", pictures: Sequence[Any] = (), template: str = "{images}{text}") -> Inputs:
         """Tokens of an answer that its model did not choose: a tool's text and pictures, set in a template.
@@ -436,13 +435,14 @@ def _text_config(network: Any) -> Any:
     return network.config.get_text_config()
 
 
-def _texts(messages: Sequence[Message]) -> Iterator[str]:
+def _parts(messages: Sequence[Message]) -> Iterator[Mapping[str, Any]]:
     for message in messages:
         content = message["content"]
-        if isinstance(content, str):
-            yield content
-        else:
-            yield from (part["text"] for part in content if part["type"] == "text")
+        yield from [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _texts(messages: Sequence[Message]) -> Iterator[str]:
+    yield from (part["text"] for part in _parts(messages) if part["type"] == "text")
 
 
 # ------------------------------------------------------------------------------------------------ tokens
@@ -541,18 +541,23 @@ def quiet() -> Iterator[None]:
 
 
 def pictures_of(messages: Sequence[Message]) -> list[Any]:
-    """The pictures of messages, in their order."""
-    parts = (part for message in messages if not isinstance(message["content"], str) for part in message["content"])
-    return [part["image"] for part in parts if part["type"] == "image"]
+    """The pictures of messages and the frames of their videos, in their order."""
+    shown = ([part["image"]] if part["type"] == "image" else part.get("video", ()) for part in _parts(messages))
+    return [picture for pictures in shown for picture in pictures]
 
 
 def with_pictures(messages: Sequence[Message], pictures: Iterable[Any]) -> tuple[Message, ...]:
-    """The same messages with other pictures, in their order."""
+    """The same messages with other pictures and frames, in their order."""
     given = iter(pictures)
+
+    def other(part: Mapping[str, Any]) -> Mapping[str, Any]:
+        if part["type"] == "video":
+            return {**part, "video": [next(given) for _ in part["video"]]}
+        return {**part, "image": next(given)} if part["type"] == "image" else part
 
     def content_of(content: Any) -> Any:
         if isinstance(content, str):
             return content
-        return [{**part, "image": next(given)} if part["type"] == "image" else part for part in content]
+        return [other(part) for part in content]
 
     return tuple({**message, "content": content_of(message["content"])} for message in messages)

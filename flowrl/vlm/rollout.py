@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from flowrl.config import GenerationConfig
-from flowrl.data import IMAGES
+from flowrl.data import IMAGES, VIDEOS
 from flowrl.types import Needs, Prompt, Tokens, held_to
 from flowrl.vlm.augment import BEGIN, CORRECTED, NoisyRollout, corrections
 from flowrl.vlm.collate import Inputs
 from flowrl.vlm.conversation import STOPS, Talk, converse, facts
-from flowrl.vlm.data import SYSTEM, messages, pictures
+from flowrl.vlm.data import SYSTEM, clips, messages, pictures
 from flowrl.vlm.generate import Row, begin
 from flowrl.vlm.policy import TextPolicy
 from flowrl.vlm.server import Server, tokens_of
@@ -107,8 +107,8 @@ class Writer:
         return self._inputs(prompt, pictures(prompt))
 
     def picture(self, prompt: Prompt) -> Picture:
-        """A question's first picture, for people; grey where it has none."""
-        shown = pictures(prompt)
+        """A question's first picture or frame, for people; grey where it has none."""
+        shown = pictures(prompt) or [frame for clip in clips(prompt)[:1] for frame in clip.frames]
         return shown[0] if shown else _blank()
 
     def close(self) -> None:
@@ -172,8 +172,10 @@ class Writer:
         gold = prompt.metadata.get(SOLUTION)
         gold = gold if isinstance(gold, str) else None
         # Pictures in memory live as long as the run's questions; a helped question's metadata do not.
-        images = (image if isinstance(image, str) else id(image) for image in prompt.metadata.get(IMAGES, ()))
-        key = (prompt.text, prompt.metadata.get(SYSTEM), gold, *images) if keep else None
+        shown_of = [prompt.metadata.get(IMAGES, ()), *([video] if isinstance(video, str) else video
+                    for video in prompt.metadata.get(VIDEOS, ()))]  # fmt: skip
+        media = (tuple(one if isinstance(one, str) else id(one) for one in part) for part in shown_of)
+        key = (prompt.text, prompt.metadata.get(SYSTEM), gold, *media) if keep else None
         return self.policy.prepare(messages(prompt, shown), gold, key)
 
     def _reference(self, tokens: Tokens, needs: Needs) -> Tensor | None:

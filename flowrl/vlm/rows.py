@@ -17,6 +17,7 @@ from typing import Any
 
 from flowrl.data import IMAGES, DataError, json_object, picture_paths, read_lines, short
 from flowrl.resolve import nearest
+from flowrl.vlm.videos import is_video
 
 BUILT_IN = "shapes_questions"
 PICTURES = (IMAGES, "image")
@@ -159,6 +160,22 @@ def images_of(row: Row, column: str, given: Any) -> list[Any]:
     place = f"{row.place}: {column!r}"
     listed = list(given) if isinstance(given, list | tuple) else [given]
     return [image_of(place, item, row.folder, cache_folder() / "pictures") for item in listed]
+
+
+def videos_of(row: Row, column: str, given: Any) -> list[Any]:
+    """Each video as a path that holds from anywhere, or as its frames: paths too, or PIL images."""
+    place = f"{row.place}: {column!r}"
+    if not isinstance(given, list | tuple):
+        raise DataError(f"{place} is {short(given)}; give a list of videos, each a path or a list of frames.")
+    found: list[Any] = []
+    for item in given:
+        if isinstance(item, list | tuple) and item:
+            found.append(images_of(row, column, item))
+        elif isinstance(item, str) and is_video(item):
+            found.append(picture_paths(place, item, row.folder))
+        else:
+            raise DataError(f"{place} holds {short(item)}; a video is the path of an .mp4 or .gif, or its frames.")
+    return found
 
 
 def image_of(place: str, item: Any, folder: Path, kept: Path) -> Any:

@@ -192,6 +192,8 @@ def _sendable(message: Message) -> dict[str, Any]:
 
 def _part(part: Mapping[str, Any]) -> Mapping[str, Any]:
     """Pictures travel as PNG, which loses nothing."""
+    if part["type"] == "video":
+        raise ModelError("a server is sent pictures, no videos; leave generation.server out, or ask without videos.")
     if part["type"] != "image":
         return part
     file = io.BytesIO()

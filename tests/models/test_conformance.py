@@ -185,6 +185,7 @@ def test_sizes_that_cannot_be_are_refused_with_the_nearest(model):
         model.noise_shape(model.height, model.width, 1 + 2 * model.temporal_factor - 1 if model.video else 2)
 
 
+@pytest.mark.one_in(len(KERNELS))
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_first_ratio_is_one(model, kernel):
     """What was drawn has the same log-probability when it is evaluated again, one state at a time."""
@@ -326,6 +327,7 @@ def check_export(policy, folder, monkeypatch):
     assert torch.allclose(theirs.float(), ours, atol=1e-5 * size), float((theirs - ours).abs().max()) / size
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_exported_adapter_draws_the_same(model, form, tmp_path, monkeypatch):
     policy = adapted(model)
@@ -341,6 +343,7 @@ def test_an_exported_adapter_draws_the_same(model, form, tmp_path, monkeypatch):
     check_export(policy, folder, monkeypatch)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", FORMATS)
 def test_exported_weights_draw_the_same(model, form, tmp_path, monkeypatch):
     policy = changed(model)
@@ -365,6 +368,7 @@ def test_exported_weights_are_read_again(model, tmp_path):
                 assert torch.allclose(said(target, text), ours, atol=1e-5 * float(ours.abs().max().clamp(min=1)))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("make", [adapted, changed])
 def test_a_step_changes_what_is_trained_and_nothing_else(model, make):
     policy = make(model)
@@ -380,6 +384,7 @@ def test_a_step_changes_what_is_trained_and_nothing_else(model, make):
         assert moved <= learns and len(moved) > len(learns) / 2, (name, learns - moved)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("make", [adapted, changed])
 def test_a_state_goes_on_bit_by_bit(model, make):
     policy, other = make(model), make(model, seed=1)

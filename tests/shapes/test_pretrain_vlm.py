@@ -42,6 +42,7 @@ from flowrl.shapes.pretrain_vlm import (
     train,
     train_eyes,
     views,
+    whiten,
 )
 from flowrl.shapes.questions import KINDS, Digit, Scene, draw, make, questions, written
 from rewards.verifiers import Answer
@@ -278,6 +279,23 @@ def test_a_few_steps_open_the_eyes_and_touch_nothing_else(processor, tmp_path):
     head = train_eyes(Recipe(batch=16), tmp_path, model, processor, Term(steps=60, seed=0))
     assert eyes_loss(model, head, *seen) < 0.6 * guessing
     assert all(torch.equal(a, b) for a, b in zip(text, model.model.language_model.parameters(), strict=True))
+
+
+def test_whitened_tokens_vary_alike_in_all_directions_and_are_as_long_as_words(processor):
+    torch.manual_seed(0)
+    model = build_model(processor.tokenizer)
+    pixels, _ = views(processor, 96, seed=0)
+    whiten(model, pixels)
+    tokens = torch.stack(list(model.get_image_features(pixel_values=pixels).pooler_output)).flatten(0, 1)
+    spread = torch.linalg.svdvals(tokens - tokens.mean(0))
+    words = model.get_input_embeddings().weight
+    assert tokens.mean(0).norm() < 1e-3 * tokens.norm(dim=-1).mean() and spread[0] < 1.05 * spread[8]
+    assert 0.1 * words.norm(dim=-1).mean() < tokens.norm(dim=-1).mean() < 1.5 * words.norm(dim=-1).mean()
+    assert not any(
+        p.requires_grad
+        for name, p in model.named_parameters()
+        if "language_model" not in name and "lm_head" not in name
+    )
 
 
 def trained(processor, folder, steps=20):

@@ -34,6 +34,7 @@ KINDS = {
         "algorithm": {"name": "token_dpo"}, "data.filters": [{"use": "informative"}], "data.max_tries": 2,
         "data.on_dead_group": "hint",
     },
+    "replay": {"data.replay": {"size": 64, "max_age": 3}},
     "noisy pictures, forced answers": {
         "generation": {
             "max_new_tokens": 6, "temperature": 0.7, "noisy": {"share": 0.5, "strength": 0.3},

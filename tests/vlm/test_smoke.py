@@ -39,13 +39,13 @@ def test_a_smoke_run_saves_resumes_and_exports(config, tmp_path, lora):
 def test_what_decides_whether_it_works_stays(config):
     changes = {
         "generation.max_new_tokens": 2000, "data.max_tries": 9, "data.filters": [{"use": "informative"}],
-        "generation.tools": {"use": ["zoom"]}, "data.samples_per_prompt": 16,
+        "generation.tools": {"use": ["zoom"]}, "data.samples_per_prompt": 16, "data.on_dead_group": "hint",
     }  # fmt: skip
     path = config(changes)
     small, whole = smallest(path, []), load_config(path)
     assert (small.algorithm, small.rewards, small.model) == (whole.algorithm, whole.rewards, whole.model)
-    assert small.generation.tools == whole.generation.tools and small.data.filters == whole.data.filters
-    assert small.generation.max_new_tokens == 32 and small.data.max_tries == 2
+    assert small.generation.tools == whole.generation.tools and small.generation.max_new_tokens == 32
+    assert small.data.filters == () and small.data.max_tries == 1  # there is something to update with
     assert small.iterations == 2 and small.data.samples_per_prompt == 2
     tiny = smallest(path, ["model.path=tiny/llava", "model.dtype=bfloat16"])
     assert tiny.model.dtype == "float32"

@@ -299,6 +299,44 @@ def test_questions_with_one_text_are_told_apart(text_run, home):
     assert len(set(texts)) == 4
 
 
+# ------------------------------------------------------------------------------------------------ filters
+# What becomes of rows, nothing kept, and resuming: tests/test_filters_train.py, test_resume.py.
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "reinforce_pp", "ppo", "token_mpo"])
+def test_two_tries_are_one_larger_iteration(text_run, verifier, name):
+    """Six questions in two tries, of which three teach, and the same six at once: the same weights."""
+    changes = {
+        **STEADY, "algorithm": method(name), "rewards": [verifier("dull")], "data.filters": [{"use": "informative"}],
+    }  # fmt: skip
+    twice = text_run({**changes, "data.max_tries": 2}, "twice")
+    once = text_run({**changes, "data.prompts_per_iteration": 6}, "once")
+    start = runs.weights(once)
+    rows = [twice.step(0), once.step(0)]
+    assert [row["refill_tries"] for row in rows] == [2, 1] and rows[0]["refill_missing"] == 0
+    assert (runs.weights(twice) - runs.weights(once)).abs().max() < 1e-5 < runs.distance(runs.weights(once), start)
+    for key in rows[0].keys() & rows[1].keys():
+        if not key.startswith(("time/", "refill", "ratio_", "calls/")) and "per_second" not in key:
+            assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.parametrize("filter_", [
+    {"use": "short_enough", "most": 4}, {"use": "not_truncated"}, {"use": "largest_advantage", "prune": 0.7},
+    {"use": "pf_ppo", "how": "max_random"}, {"use": "best_worst", "best": 1, "worst": 1},
+], ids=lambda entry: entry["use"])  # fmt: skip
+@pytest.mark.parametrize("name", ["grpo", "reinforce_pp", "ppo", "token_dpo", "token_mpo"])
+def test_filters_of_answers_leave_sound_updates(text_run, name, filter_):
+    """Also of pairs of which one answer has left, and cut as finely as may be."""
+    whole, rows = {}, {}
+    for size in (None, 1):
+        changes = {"algorithm": method(name), "data.filters": [filter_], "optimizer.micro_batch": size}
+        trainer = text_run({**STEADY, **changes}, f"run{size}")
+        rows[size] = trainer.step(0)
+        whole[size] = runs.weights(trainer)
+        assert rows[size]["skipped_updates"] == 0 and runs.finite(rows[size]["grad_norm"])
+    assert rows[None]["kept_samples"] <= 1 and (whole[None] - whole[1]).abs().max() < 1e-6
+
+
 # ------------------------------------------------------------------------------------------------ verifiers
 
 
@@ -441,12 +479,14 @@ def test_method_and_section_belong_together(vlm_tree, tmp_path, make_config):
 @pytest.mark.parametrize("name", [n for n in METHODS if getattr(METHODS[n](), "fewest_samples", 1) > 1])
 def test_a_group_of_one_is_refused(vlm_tree, tmp_path, name):
     text = problems(vlm_tree, tmp_path, {"algorithm": {"name": name}, "data.samples_per_prompt": 1})
-    assert "data.samples_per_prompt" in text and f"{name} compares the answers to a prompt, so it needs 2" in text
+    fewest = METHODS[name]().fewest_samples
+    assert "data.samples_per_prompt" in text
+    assert f"{name} compares the answers to a prompt, so it needs {fewest} of them; draw more" in text
 
 
 def test_which_methods_compare():
     alone = {name for name in METHODS if getattr(METHODS[name](), "fewest_samples", 1) == 1}
-    assert alone == {"reinforce_pp", "ppo"}
+    assert alone == {"reinforce_pp", "ppo", "remax"}
 
 
 def test_a_picture_that_is_missing_is_named(vlm_tree, tmp_path):

@@ -16,7 +16,6 @@ import torch
 from flowrl.checkpoint import CheckpointError, latest_valid
 from flowrl.engine import EngineError
 from flowrl.memory import OutOfMemory
-from flowrl.types import Loss
 from rewards import RewardError
 from tests import runs, threaded
 
@@ -185,8 +184,8 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(ranks):
 
     class Poisoned:
         def loss(self, policy, batch):
-            value, metrics = two[0].algorithm.loss(policy, batch)
-            return Loss(value * float("inf"), metrics)
+            loss = two[0].algorithm.loss(policy, batch)
+            return loss._replace(value=loss.value * float("inf"))
 
     two[1].updater.algorithm = Poisoned()
     before = runs.state(two[0])

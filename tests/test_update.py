@@ -9,7 +9,7 @@ import torch
 from flowrl.collect import roll_out
 from flowrl.data import shard
 from flowrl.train import credited
-from flowrl.types import Batch, Loss, Prompt
+from flowrl.types import Batch, Prompt
 from flowrl.update import UpdateError, deal, learning_rate_factor
 from samplers import all_steps, branch_at, flow_sde, noise_source, rollout, sliding_window
 from tests import runs
@@ -286,8 +286,8 @@ class Poisoned:
 
     def loss(self, policy, batch):
         self.calls += 1
-        value, metrics = self.algorithm.loss(policy, batch)
-        return Loss(value * math.inf if self.calls in self.bad else value, metrics)
+        loss = self.algorithm.loss(policy, batch)
+        return loss._replace(value=loss.value * math.inf if self.calls in self.bad else loss.value)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(trainer):

@@ -342,7 +342,7 @@ class Term:
 def train(
     recipe: Recipe,
     folder: Path,
-    model: nn.Module,
+    model: Any,
     processor: Any,
     term: Term,
     batch: Callable[[int], tuple[Any, Tensor]],

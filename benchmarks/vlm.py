@@ -320,6 +320,9 @@ def _presets_section(curves: Sequence[Mapping[str, Any]]) -> list[str]:
         lines += [f"† gained less than {LEARNT:g} points.", ""]
     if len({curve["answers"][-1] for curve in curves}) > 1:
         lines += ["Methods with more answers than others draw groups without a difference anew.", ""]
+    first = curves[0]["accuracy"][0]
+    if others := [curve["name"] for curve in curves if curve["accuracy"][0] != first]:
+        lines += [f"Note: not the same score of the base model as {curves[0]['name']}: {', '.join(others)}.", ""]
     seeds = sorted({curve["seed"] for curve in curves})
     updates = sorted({curve["updates"] for curve in curves})
     lines += [

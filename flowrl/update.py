@@ -62,7 +62,9 @@ class Updater:
 
     def _step(self, batch: AnyBatch, mine: Tensor) -> dict[str, float]:
         """One optimiser step on the rows `mine` of this process."""
-        total = self.engine.sum(self.algorithm.mass(batch.select(mine.to(_device_of(batch)))))
+        with together(self.engine):
+            mass = self.algorithm.mass(batch.select(mine.to(_device_of(batch))))
+        total = self.engine.sum(mass)
         self.optimizer.zero_grad(set_to_none=False)
         parts, counts, sound = [], [], True
         with together(self.engine), self.policy.role("train"):

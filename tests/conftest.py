@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import runs
-from tests.matrices import runs_always
+from tests.matrices import places, runs_always
 
 
 @pytest.hookimpl(tryfirst=True)  # before cells are chosen by their marks
@@ -15,9 +15,14 @@ def pytest_collection_modifyitems(items):
 
     A worker takes whole files, so the last ones must be short for all workers to end at the same time.
     """
+    matrices = {}
     for item in items:
-        if mark := item.get_closest_marker("one_in"):
-            if not runs_always(item.callspec.indices.values(), *mark.args):
+        if item.get_closest_marker("one_in"):
+            matrices.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cells in matrices.values():
+        (n,) = cells[0].get_closest_marker("one_in").args
+        for item, place in zip(cells, places(item.callspec.params for item in cells), strict=True):
+            if not runs_always(place, n):
                 item.add_marker(pytest.mark.exhaustive)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

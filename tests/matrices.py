@@ -1,9 +1,17 @@
 """Which cells of a large matrix of tests `make test` runs, by their places; `make test-all` runs the others too."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
+
+
+def places(cells: Iterable[Mapping[str, Any]]) -> Iterator[list[int]]:
+    """Of every cell of a test, {parameter: value}, the places of its values in the order in which they came."""
+    seen: dict[str, dict[int, int]] = {}
+    for cell in cells:
+        known = [(seen.setdefault(name, {}), value) for name, value in cell.items()]
+        yield [place.setdefault(id(value), len(place)) for place, value in known]
 
 
 def runs_always(places: Iterable[int], n: int) -> bool:

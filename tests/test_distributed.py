@@ -165,14 +165,38 @@ return brightness(samples)
     assert all(torch.equal(weights[f"policy.{name}"], before[name]) for name in before if name.startswith("weights."))
 
 
+class Instead:
+    """An algorithm but for what a test changes."""
+
+    def __init__(self, algorithm):
+        self.algorithm = algorithm
+
+    def __getattr__(self, name):
+        return getattr(self.algorithm, name)
+
+
+@pytest.mark.parametrize("method", ["loss", "mass"])
+def test_what_fails_in_an_update_of_one_rank_stops_all(ranks, method):
+    two = ranks(2, changes(3))
+
+    def broken(*arguments):
+        raise ValueError("no more")
+
+    two[1].updater.algorithm = Instead(two[1].algorithm)
+    setattr(two[1].updater.algorithm, method, broken)
+    first, second = threaded.together([lambda t=t: t.step(0) for t in two])
+    assert isinstance(first, EngineError) and "process 1 failed: ValueError: no more" in str(first)
+    assert isinstance(second, ValueError)
+
+
 def test_a_loss_that_fails_on_one_rank_stops_all(ranks):
     two = ranks(2, changes(3))
 
-    class Broken:
+    class Broken(Instead):
         def loss(self, policy, batch):
             raise torch.OutOfMemoryError("out of memory")
 
-    two[1].updater.algorithm = Broken()
+    two[1].updater.algorithm = Broken(two[1].algorithm)
     first, second = threaded.together([lambda t=t: t.step(0) for t in two])
     assert isinstance(first, EngineError) and "process 1 failed: OutOfMemoryError: out of memory" in str(first)
     assert isinstance(second, OutOfMemory) and "Next cheaper" in str(second)
@@ -182,12 +206,12 @@ def test_a_loss_that_fails_on_one_rank_stops_all(ranks):
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(ranks):
     two = ranks(2, changes(3, **{"optimizer.updates_per_iteration": 1}))
 
-    class Poisoned:
+    class Poisoned(Instead):
         def loss(self, policy, batch):
-            loss = two[0].algorithm.loss(policy, batch)
+            loss = self.algorithm.loss(policy, batch)
             return loss._replace(value=loss.value * float("inf"))
 
-    two[1].updater.algorithm = Poisoned()
+    two[1].updater.algorithm = Poisoned(two[1].algorithm)
     before = runs.state(two[0])
     rows = threaded.together([lambda t=t: t.step(0) for t in two])
     assert [row["skipped_updates"] for row in rows] == [1, 1]

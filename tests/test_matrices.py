@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from tests.matrices import one_of_each, runs_always, thinned
+from tests.matrices import one_of_each, places, runs_always, thinned
 
 
 @pytest.mark.parametrize("lengths", [(25, 5), (25, 4), (4, 4), (25, 5, 2)])
@@ -32,8 +32,17 @@ def test_what_is_not_kept_is_there_and_marked():
     assert odd[1].values == (2,) and [mark.name for mark in odd[1].marks] == ["exhaustive"]
 
 
+def test_places_are_those_of_the_values():
+    lists = {"row": "abc", "column": [{}, {}]}  # equal, and two
+    cells = [dict(zip(lists, cell, strict=True)) for cell in product(*lists.values())]
+    assert list(places(cells)) == [[row, column] for row in range(3) for column in range(2)]
+
+
 @pytest.mark.one_in(2)
-@pytest.mark.parametrize("place", range(4))
-def test_the_mark_is_set_by_the_place(request, place):
-    """Were nothing marked, the cells of odd places would run and fail."""
-    assert (request.node.get_closest_marker("exhaustive") is not None) == (place % 2 == 1)
+@pytest.mark.parametrize("column", range(3))
+@pytest.mark.parametrize("row", range(2))
+def test_the_mark_is_set_by_the_places(request, row, column):
+    """In `make test` were nothing marked, the cells of odd places would run and fail."""
+    if len(request.node.session.items) > 1:  # one chosen by its name is alone, and the first
+        marked = request.node.get_closest_marker("exhaustive") is not None
+        assert marked == ((row + column) % 2 == 1) and not (marked and request.config.option.markexpr)

@@ -216,7 +216,9 @@ def test_a_checkpoint_gives_back_every_bit(tmp_path):
         assert state.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in state.items())
 
 
-@pytest.mark.parametrize("buffer", [ReplayBuffer(4, 2, answers), filled([0.0, NAN]), filled([1.0])], ids=str)
+@pytest.mark.parametrize(
+    "buffer", [ReplayBuffer(4, 2, answers), filled([0.0, NAN]), filled([1.0])], ids=["new", "nothing worth it", "one"]
+)
 def test_an_empty_buffer_can_be_saved(tmp_path, buffer):
     if len(buffer):  # one whose rows all became too old
         buffer.add(tokens([1]), torch.zeros(1), torch.zeros(1), 99)

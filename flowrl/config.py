@@ -523,7 +523,7 @@ class Config(Section):
 
 
 def _with_horizon(section: Mapping[str, Any], generation: Any) -> Mapping[str, Any]:
-    """Where a method divides sums over tokens by a constant and nobody says which, it is the longest answer."""
+    """Where a method divides sums over tokens by a constant and nobody says which, it is the longest turn."""
     try:
         known = algorithm_class(section["name"]).model_fields
     except (ValidationError, KeyError, TypeError):
@@ -637,6 +637,19 @@ OF_MEDIA = (
     "max_sequence_length", "rollout_micro_batch", "decode_tiling", "decode_micro_batch", "quantization",
     "layerwise_casting", "offload", "offload_text_encoders", "offload_trajectory", "compile",
 )  # fmt: skip
+OF_TEXT = {
+    "model": ("freeze_vision",),
+    "data": ("replay", "on_dead_group", "template", "system", "fields", "video_frames", "drop_options"),
+}
+
+
+def _media_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
+    """Keys of a model that writes, set for one that makes media."""
+    for section, keys in OF_TEXT.items():
+        given = getattr(config, section)
+        for key in keys:
+            if getattr(given, key) != type(given).model_fields[key].default:
+                yield (section, key), "is of models that write, and has no effect on one that makes media; leave it out"
 
 
 def _text_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, str]]:
@@ -664,16 +677,8 @@ def _text_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, str]]
         yield ("data", "samples"), "stored samples are media; a model that writes answers makes its own: rollout"
     if config.optimizer.update == "single_pass":
         yield ("optimizer", "update"), "single_pass is for media; leave it out"
-    if config.data.replay is not None:
-        tools = config.generation.tools is not None
-        for what, given in (("values", algorithm.needs.value or algorithm.needs.continuations > 0),
-                            ("pairs of answers", algorithm.needs.whole_groups),
-                            ("tools, whose pictures are not remembered", tools)):  # fmt: skip
-            if given:
-                yield ("data", "replay"), f"does not go together with {what}; leave it out"
-    if config.generation.server is not None and config.generation.tools is not None:
-        text = "a server can begin answers, and not go on with them after a tool has spoken; leave one of the two out"
-        yield ("generation", "server"), text
+    yield from _replay_conflicts(config, algorithm.needs)
+    yield from _server_conflicts(config.generation)
     yield from _more_answers_conflicts(config, algorithm.needs)
     if config.data.on_dead_group is not None and (config.data.max_tries == 1 or not config.data.filters):
         text = "helps in a further try, and there is none; set data.max_tries=2 and data.filters=[informative]"
@@ -682,6 +687,34 @@ def _text_conflicts(config: Config, algorithm: Any) -> Iterator[tuple[Key, str]]
     if config.data.samples_per_prompt < smallest:
         text = f"{name} compares the answers to a prompt, so it needs {smallest} of them; draw more"
         yield ("data", "samples_per_prompt"), text
+
+
+def _replay_conflicts(config: Config, needs: Any) -> Iterator[tuple[Key, str]]:
+    """What is remembered of an answer are its tokens, one advantage, and which question it belongs to."""
+    if config.data.replay is None:
+        return
+    assert config.generation is not None
+    for what, given in (
+        ("values", needs.value or needs.continuations > 0),
+        (f"{config.algorithm.name}, whose tokens have an advantage each: of an answer one is kept", needs.token_credit),
+        ("pairs of answers", needs.whole_groups),
+        ("tools, whose pictures are not remembered", config.generation.tools is not None),
+        ("data.on_dead_group, whose changed questions are not remembered", config.data.on_dead_group is not None),
+    ):
+        if given:
+            yield ("data", "replay"), f"does not go together with {what}; leave it out"
+
+
+def _server_conflicts(generation: GenerationConfig) -> Iterator[tuple[Key, str]]:
+    """What a server that begins answers cannot do."""
+    if generation.server is None:
+        return
+    if generation.tools is not None:
+        text = "a server can begin answers, and not go on with them after a tool has spoken; leave one of the two out"
+        yield ("generation", "server"), text
+    if generation.noisy is not None:
+        text = "a server's log-probs are those after the distorted picture, and the update's after the clean one: "
+        yield ("generation", "noisy"), text + "one cannot be weighed against the other; leave noisy or server out"
 
 
 def _more_answers_conflicts(config: Config, needs: Any) -> Iterator[tuple[Key, str]]:
@@ -717,6 +750,7 @@ def _plan_conflicts(config: Config) -> Iterator[tuple[Key, str]]:
     if algorithm.needs.tokens or config.generation is not None:
         yield from _text_conflicts(config, algorithm)
         return
+    yield from _media_conflicts(config)
     absent = [name for name in ("num_steps", "eta", "kernel", "plan", "credit", "loss") if not hasattr(algorithm, name)]
     if absent:
         yield ("algorithm", "name"), f"{config.algorithm.name} has no {', '.join(absent)}; see flowrl.types.Algorithm"

@@ -70,6 +70,8 @@ class Try:
     table: Tensor
     """Rewards float64 [P*K]; NaN = no verdict."""
     scores: dict[str, Tensor]
+    asked: dict[str, Tensor]
+    """Whether a reward was asked about a sample, bool [P*K] each."""
     facts: dict[str, Tensor]
     seconds: dict[str, float]
 
@@ -85,7 +87,8 @@ class Try:
         return Try(
             prompts=[prompt for t in tries for prompt in t.prompts], slots=[slot for t in tries for slot in t.slots],
             batch=replace(batch, rewards=rewards, place=place), table=torch.cat([t.table for t in tries]),
-            scores=stacked([t.scores for t in tries]), facts=stacked([t.facts for t in tries]),
+            scores=stacked([t.scores for t in tries]), asked=stacked([t.asked for t in tries]),
+            facts=stacked([t.facts for t in tries]),
             seconds={name: sum(t.seconds[name] for t in tries) for name in tries[0].seconds},
         )  # fmt: skip
 
@@ -209,7 +212,7 @@ class Trainer:
         with self._saving_what_is_done(), phase("credit"):
             batch = self.actor.prepared(batch)
             kept = self._kept(found, iteration)
-            among = table if kept is None else table.where(kept.in_groups, math.nan)
+            among = table if kept is None else table.where(self._compared(kept, iteration), math.nan)
             everyone = self._with_everyones_rewards(batch, prompts, among, scores, found.facts)
             advantages = credit_of(self.algorithm, replace(everyone, history=self.history))
             whole = self.algorithm.needs.whole_units
@@ -229,6 +232,8 @@ class Trainer:
                 batch, update_of = self._with_replay(batch, update_of, found)
             with explained(config, "update"):
                 metrics = self.updater.run(batch, update_of)
+            if self.replay is not None or not self.algorithm.starts_at_one(batch):
+                metrics.pop("ratio_first_update", None)  # not 1 by right: it says nothing
             self._check_ratio(metrics.get("ratio_first_update", 0.0))
             self.policy.follow(self.algorithm.old_decay(iteration))
             if self.algorithm.resets_optimizer(iteration):
@@ -240,7 +245,7 @@ class Trainer:
         self.seconds += phase.total
         roles = ("rollout", "train", "old", "reference", "teacher")
         calls = {role: self._total(self.policy.calls[role] - calls_before.get(role, 0)) for role in roles}
-        rewards = reward_metrics(table, scores, per_prompt) if self.algorithm.needs.rewards else {}
+        rewards = reward_metrics(table, scores, per_prompt, found.asked) if self.algorithm.needs.rewards else {}
         rewards |= gate_metrics(scores, self.hub.rules)
         rewards |= {f"time/reward/{name}": seconds for name, seconds in found.seconds.items()}
         return (
@@ -280,7 +285,7 @@ class Trainer:
         with phase("gather"):
             place = leaf_places(batch.group, per_prompt)
             batch = replace(batch, rewards=result.total.double(), place=place)
-            table, scores, facts = self._gather(batch, result, number * size * per_prompt)
+            table, scores, asked, facts = self._gather(batch, result, number * size * per_prompt)
         with self._saving_what_is_done():
             if not before and self.actor.judges and self.main and due(iteration, config.log.rollouts_every):
                 self.actor.record(self.folder / "rollouts", iteration, batch, result)
@@ -291,7 +296,7 @@ class Trainer:
             for prompt, rewards in list(zip(prompts, table.view(size, per_prompt), strict=True))[len(again) :]:
                 self.history.add(prompt.id, rewards, iteration)
         return Try(
-            prompts=prompts, slots=places, batch=batch, table=table, scores=scores, facts=facts,
+            prompts=prompts, slots=places, batch=batch, table=table, scores=scores, asked=asked, facts=facts,
             seconds=dict(result.seconds),
         )  # fmt: skip
 
@@ -303,6 +308,10 @@ class Trainer:
         key = stable_seed(self.config.seed, iteration, -5)
         kept = self.filters.keep(found.table, group, found.facts | found.scores, key=key)
         return kept.first(self.config.data.prompts_per_iteration)
+
+    def _compared(self, kept: Kept, iteration: int) -> Tensor:
+        """Samples [B] that credit compares: what filters take out of a group stays in its statistics, in no pair."""
+        return kept.samples if self.algorithm.pairs_answers(iteration) else kept.in_groups
 
     def _groups_kept(self, found: Try, iteration: int) -> int:
         kept = self._kept(found, iteration)
@@ -316,9 +325,11 @@ class Trainer:
         worth = torch.zeros(size, dtype=torch.float64)
         worth[batch.place] = batch.advantages.double()
         worth = self.engine.sum(worth)
-        again = self.replay.draw(int((worth == 0).sum()), iteration, self.config.seed)
-        rows = gathered(batch.tokens, batch.place, size, self.engine.sum)
         per_prompt = self.config.data.samples_per_prompt
+        places = self.config.data.prompts_per_iteration * per_prompt  # further tries bring more answers, not places
+        taken = self._total(int((batch.advantages != 0).sum()))
+        again = self.replay.draw(places - taken, iteration, self.config.seed)
+        rows = gathered(batch.tokens, batch.place, size, self.engine.sum)
         ids = torch.tensor([prompt.id for prompt in found.prompts]).repeat_interleave(per_prompt)
         self.replay.add(rows, worth, ids, iteration)
         if again is None:
@@ -377,23 +388,28 @@ class Trainer:
 
     def _gather(
         self, batch: AnyBatch, result: HubResult, first: int
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Of all processes' samples, in the order of the prompts: rewards [P*K], every score's, every fact's."""
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Of all processes' samples, in the order of the prompts [P*K]: rewards, scores, who was asked, facts."""
         size = self.config.data.prompts_per_iteration * self.config.data.samples_per_prompt
         assert batch.place is not None
         place = batch.place - first
         facts = self.actor.facts(batch)
         columns = [result.total.double(), *(score.double() for score in result.scores.values()), *facts.values()]
+        told = getattr(result, "asked", {})
         table = torch.zeros(2, len(columns), size, dtype=torch.float64)
+        rows = torch.zeros(len(result.scores), size, dtype=torch.float64)
         for i, column in enumerate(columns):
             valid = column.isfinite()
             table[0, i, place[valid]] = column[valid]
             table[1, i, place[valid]] = 1.0
+        for row, name in zip(rows, result.scores, strict=True):
+            row[place] = told[name].double() if name in told else 1.0
         value, seen = self.engine.sum(table)
+        asked = self.engine.sum(rows) > 0
         value[seen == 0] = math.nan
         last = 1 + len(result.scores)
         scores = dict(zip(result.scores, value[1:last], strict=True))
-        return value[0], scores, dict(zip(facts, value[last:], strict=True))
+        return value[0], scores, dict(zip(scores, asked, strict=True)), dict(zip(facts, value[last:], strict=True))
 
     def _with_everyones_rewards(
         self, batch: AnyBatch, prompts: list[Prompt], table: Tensor, scores: Mapping[str, Tensor],
@@ -690,8 +706,13 @@ def asked_of(result: HubResult, name: str) -> Tensor:
     return result.scores[name] if asked is None else result.scores[name][asked]
 
 
-def reward_metrics(table: Tensor, scores: Mapping[str, Tensor], samples_per_prompt: int) -> dict[str, float]:
-    """Mean and spread of the reward and of every score over the samples with a verdict."""
+def reward_metrics(
+    table: Tensor, scores: Mapping[str, Tensor], samples_per_prompt: int, asked: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Mean and spread of the reward and of every score over the samples with a verdict.
+
+    score_no_verdict is a share of the samples that a reward was `asked` about, bool [B]; left out where of none.
+    """
     group = torch.arange(len(table) // samples_per_prompt).repeat_interleave(samples_per_prompt)
     known = table[table.isfinite()]
     spread = [g[g.isfinite()].std(correction=0) for g in table.view(-1, samples_per_prompt) if g.isfinite().sum() > 1]
@@ -705,7 +726,8 @@ def reward_metrics(table: Tensor, scores: Mapping[str, Tensor], samples_per_prom
         own = [g[g.isfinite()].std(correction=0) for g in score.view(-1, samples_per_prompt) if g.isfinite().sum() > 1]
         out[f"score/{name}"] = score.nanmean().item()
         out[f"score_group_std/{name}"] = torch.stack(own).mean().item() if own else math.nan
-        out[f"score_no_verdict/{name}"] = score.isnan().double().mean().item()
+        if asked[name].any():
+            out[f"score_no_verdict/{name}"] = score[asked[name]].isnan().double().mean().item()
     return out
 
 

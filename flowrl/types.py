@@ -407,6 +407,8 @@ class Needs(NamedTuple):
     """Tokens from one such state of an answer to the next."""
     greedy: bool = False
     """The reward of each prompt's likeliest answer, in `batch.facts["greedy"]` of its answers."""
+    token_credit: bool = False
+    """Nothing, but that `credit` is one number a token [R,S]: it cannot be remembered as one number an answer."""
 
     @property
     def moving_reference(self) -> bool:
@@ -555,6 +557,14 @@ class Hyperparameters(BaseModel):
     def asks_old(self, iteration: int) -> bool:
         """Whether the loss asks the old policy in this iteration."""
         return self.needs.old
+
+    def pairs_answers(self, iteration: int) -> bool:
+        """Whether credit makes pairs of answers in this iteration: those that filters drop must be in none."""
+        return self.needs.whole_groups
+
+    def starts_at_one(self, batch: Any) -> bool:
+        """Whether ratios are 1 before the first update of a batch, being taken against the rollout's policy."""
+        return True
 
     def probes(self, draws: Draws) -> int:
         """Velocities of the old policy that the loss asks for besides those at the rows' own states and times."""

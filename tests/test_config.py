@@ -445,9 +445,14 @@ def test_what_makes_a_run_that_run(folder):
         ({"optimizer.update": "single_pass", "algorithm": {"name": "awm"}}, "optimizer.update: .*stochastic steps"),
         ({"data.together": "twin", "algorithm": {"name": "dgpo"}}, "data.together: .*shared draws"),
         ({"data.samples_per_prompt": 2, "algorithm": {"name": "awm", "inject": 0.5}}, "samples_per_prompt: .*one more"),
+        ({"data.replay": {}}, "data.replay: .*models that write"),
+        ({"data.on_dead_group": "hint"}, "data.on_dead_group: .*models that write"),
+        ({"data.system": "Think."}, "data.system: .*models that write"),
+        ({"data.video_frames": 4}, "data.video_frames: .*models that write"),
+        ({"model.freeze_vision": False}, "model.freeze_vision: .*models that write"),
     ],
 )  # fmt: skip
-def test_what_methods_without_logprobs_cannot_do_is_refused(changes, told):
+def test_what_a_method_or_media_cannot_do_is_refused(changes, told):
     with pytest.raises(ConfigError, match=told):
         make_config(runs.tree("shapes", "runs/x", changes))
 

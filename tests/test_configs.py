@@ -18,13 +18,14 @@ from flowrl import tiny
 from flowrl.config import Config, check, diff, load_config
 from flowrl.configfile import parse_yaml
 from flowrl.smoke import smallest
+from flowrl.vlm import tiny as tiny_vlm
 from tests.matrices import one_of_each, thinned
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
-BUILT_IN = ("shapes", "shapes_video")
+BUILT_IN = ("shapes", "shapes_video", "shapes_vlm")
 TRY = re.compile(r"^# Try it on a CPU: (.+)$", re.M)
 VERIFIED = re.compile(
     r"^# Verified: config check; one iteration on (tiny/\w+)(?:, not quantised)?; not run at size\.$", re.M
@@ -126,7 +127,7 @@ def test_the_header_names_the_tiny_pipeline_that_it_was_tried_on(path):
     words = shlex.split(try_line(path))
     (model,) = [word.removeprefix("model.path=") for word in words if word.startswith("model.path=")]
     (verified,) = VERIFIED.findall(lines_of(path))
-    assert verified == model and model.removeprefix(tiny.PREFIX) in tiny.names()
+    assert verified == model and model.removeprefix(tiny.PREFIX) in (*tiny.names(), *tiny_vlm.names())
     if TRY.search(lines_of(path)):
         assert words[:4] == ["flowrl", "train", str(path), "--smoke"]
 

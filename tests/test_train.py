@@ -61,14 +61,17 @@ def test_edges_with_nan_credit_leave_the_table():
 
 def test_reward_metrics_by_hand():
     table = torch.tensor([1.0, 3.0, 2.0, NAN, 5.0, 5.0], dtype=torch.float64)
-    found = reward_metrics(table, {"a": table, "b": table / 2}, 2)
+    asked = {"a": torch.ones(6, dtype=torch.bool), "b": torch.arange(6) < 4, "c": torch.zeros(6, dtype=torch.bool)}
+    found = reward_metrics(table, {"a": table, "b": table / 2, "c": table * NAN}, 2, asked)
     known = torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0], dtype=torch.float64)
     assert found["reward/mean"] == pytest.approx(16 / 5)
     assert found["reward/std"] == pytest.approx(known.std(correction=0).item())
     assert found["reward/group_std"] == pytest.approx((1.0 + 0.0) / 2)  # the second group has one verdict
     assert found["score/a"] == pytest.approx(16 / 5) and found["score/b"] == pytest.approx(8 / 5)
     assert found["zero_std_frac"] == pytest.approx(2 / 3) and found["no_verdict_frac"] == pytest.approx(1 / 6)
-    nothing = reward_metrics(torch.full((4,), NAN, dtype=torch.float64), {}, 2)
+    assert found["score_no_verdict/a"] == pytest.approx(1 / 6) and found["score_no_verdict/b"] == pytest.approx(1 / 4)
+    assert "score_no_verdict/c" not in found  # nobody asked
+    nothing = reward_metrics(torch.full((4,), NAN, dtype=torch.float64), {}, 2, {})
     assert math.isnan(nothing["reward/mean"]) and nothing["zero_std_frac"] == nothing["no_verdict_frac"] == 1
 
 

@@ -68,7 +68,7 @@ def group_advantages(
     baseline "leave_one_out" subtracts the mean of the other members (RLOO, arXiv:2402.14740). `clip` cuts A to
     [-clip, clip]. A group is dead, with A = 0, when it has fewer than two verdicts or when its own std is at most
     1e-6 max(1, max |r|), whichever std is divided by; where its mean is not subtracted, only if that std is divided by,
-    or all rewards of the batch agree.
+    or all rewards of the batch agree (and their mean is subtracted, or their std divided by).
     Raises ValueError for an unknown mean, std or baseline.
     Note: rewards on a scale below 1e-6 are therefore all dead (zero_std_frac = 1): scale them up.
     """
@@ -79,7 +79,7 @@ def group_advantages(
     if mean == "group":
         live, centred = differs, (r - own[g]) * _stretch(baseline, count)[g]
     else:
-        centred = _off_batch(r, mean, baseline, unbiased)
+        centred = _off_batch(r, mean, baseline, std, unbiased)
         live = differs if std == "group" else torch.zeros_like(differs).index_fill(0, g[centred != 0], True)
     centred = torch.where(live[g], centred, 0.0)
     value = torch.zeros_like(rewards)
@@ -484,18 +484,17 @@ def _group_mean(values: Tensor, member: Tensor, known: Tensor) -> Tensor:
     return _statistics(values[known].double(), member[known], int(member.max()) + 1, unbiased=False)[0]
 
 
-def _off_batch(r: Tensor, mean: MeanMode, baseline: BaselineMode, unbiased: bool) -> Tensor:
-    """Rewards r minus the mean of all, or as they are; 0 where all agree with that mean."""
-    if mean == "none":
-        if baseline != "mean":
-            raise ValueError("baseline=leave_one_out leaves a sample out of a mean, but mean=none has none.")
-        return r
-    if mean != "batch":
+def _off_batch(r: Tensor, mean: MeanMode, baseline: BaselineMode, std: StdMode, unbiased: bool) -> Tensor:
+    """Rewards r minus the mean of all, or as they are; 0 where all agree, if that mean or std is made use of."""
+    if mean not in ("batch", "none"):
         raise ValueError(f"unknown mean {mean!r}; choose group, batch or none.")
-    everyone = torch.zeros_like(r, dtype=torch.long)
+    if mean == "none" and baseline != "mean":
+        raise ValueError("baseline=leave_one_out leaves a sample out of a mean, but mean=none has none.")
+    if mean == "none" and std != "global":
+        return r
     centre, spread = _whole(r, unbiased)
-    stretch = _stretch(baseline, r.new_full((1,), len(r)))
-    return torch.where(_differ(r, everyone, spread), (r - centre) * stretch, 0.0)
+    value = r if mean == "none" else (r - centre) * _stretch(baseline, r.new_full((1,), len(r)))
+    return torch.where(_differ(r, torch.zeros_like(r, dtype=torch.long), spread), value, 0.0)
 
 
 def _differ(r: Tensor, g: Tensor, spread: Tensor) -> Tensor:

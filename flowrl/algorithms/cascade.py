@@ -52,8 +52,8 @@ class Cascade(Hyperparameters):
     def needs(self) -> Needs:
         """What either stage asks for, and a policy that follows: it draws the samples."""
         first, then = _method(self.offline).needs, _method(self.online).needs
-        either = {name: getattr(first, name) or getattr(then, name)
-                  for name in ("reference", "reference_logprobs", "whole_groups", "scores")}  # fmt: skip
+        shared = ("reference", "reference_logprobs", "whole_groups", "scores", "token_credit")
+        either = {name: getattr(first, name) or getattr(then, name) for name in shared}
         return Needs(tokens=True, old=True, history=max(first.history, then.history), **either)
 
     @property
@@ -67,25 +67,33 @@ class Cascade(Hyperparameters):
 
     def credit(self, batch: TokenBatch) -> Tensor:
         """As the stage's method gives it."""
-        credit: Tensor = self._stage(batch).credit(batch)
+        credit: Tensor = self._stage(batch.iteration).credit(batch)
         return credit
 
     def loss(self, policy: TokenPolicy, batch: TokenBatch) -> Loss:
         """The stage's own."""
-        loss: Loss = self._stage(batch).loss(policy, batch)
+        loss: Loss = self._stage(batch.iteration).loss(policy, batch)
         return loss
 
     def mass(self, batch: TokenBatch) -> Tensor:
         """What the stage's method divides by."""
-        mass: Tensor = self._stage(batch).mass(batch)
+        mass: Tensor = self._stage(batch.iteration).mass(batch)
         return mass
 
     def share(self, batch: TokenBatch, total: Tensor) -> float:
         """As the stage's method shares."""
-        return float(self._stage(batch).share(batch, total))
+        return float(self._stage(batch.iteration).share(batch, total))
 
-    def _stage(self, batch: TokenBatch) -> Any:
-        return _method(self.offline if batch.iteration < self.switch else self.online)
+    def pairs_answers(self, iteration: int) -> bool:
+        """Whether the stage's method does."""
+        return bool(self._stage(iteration).pairs_answers(iteration))
+
+    def starts_at_one(self, batch: TokenBatch) -> bool:
+        """Whether the stage's method does."""
+        return bool(self._stage(batch.iteration).starts_at_one(batch))
+
+    def _stage(self, iteration: int) -> Any:
+        return _method(self.offline if iteration < self.switch else self.online)
 
 
 def _method(stage: Stage) -> Any:

@@ -50,7 +50,7 @@ class GRPO(AnswerCredit):
     @property
     def fewest_samples(self) -> int:
         """One, where an answer is compared with those to other prompts, or with none."""
-        return 2 if self.mean == "group" else 1
+        return 2 if "group" in (self.mean, self.std) else 1
 
     @property
     def needs(self) -> Needs:

@@ -14,7 +14,7 @@ from torch import Tensor
 from flowrl.algorithms import token_fields as fields
 from flowrl.algorithms.advantages import Advantages, group_advantages, of_live_group, whiten
 from flowrl.algorithms.token_policy_gradient import AnswerCredit, check_groups, own
-from flowrl.types import TokenBatch
+from flowrl.types import Needs, TokenBatch
 
 
 class ReinforcePPBaseline(AnswerCredit):
@@ -26,6 +26,11 @@ class ReinforcePPBaseline(AnswerCredit):
 
     aggregate: fields.Aggregate = "token_mean"
     kl_form: fields.KLForm = "k2"
+
+    @property
+    def needs(self) -> Needs:
+        """Whitened, the tokens of an answer have a number each."""
+        return super().needs._replace(token_credit=True)
 
     def advantages(self, batch: TokenBatch, rewards: Tensor) -> Advantages:
         """r less its group's mean, which `credit` then whitens."""

@@ -127,7 +127,7 @@ class TokenDPO(ResetReference):
             "implicit_rejected": self.beta * found.rejected.detach().mean(),
             "reward_margin": found.margin.mean(),
         }
-        # Pairs may be missing whose other answer has left; a part without any has nothing to teach.
+        # A part without any pair has nothing to teach.
         return Loss(loss.sum() / max(1, len(loss)), metrics, dict.fromkeys(metrics, float(len(loss))))
 
     def _pairs(self, batch: TokenBatch) -> Tensor:

@@ -19,7 +19,7 @@ from flowrl.algorithms.advantages import Advantages, earlier_tools, sure_first, 
 from flowrl.algorithms.aggregate import aggregate, averaged, mass, of_answers, share
 from flowrl.algorithms.corrections import importance_weights, off_policy_sequences, rejected, weight_metrics
 from flowrl.algorithms.kl import estimate, token_kl
-from flowrl.algorithms.objectives import Edges, Limits, objective
+from flowrl.algorithms.objectives import MAX_LOG_RATIO, Edges, Limits, objective
 from flowrl.algorithms.schedule import AlgorithmError, check_group_size
 from flowrl.schedules import value_at
 from flowrl.types import Hyperparameters, Loss, Needs, TokenBatch, TokenPolicy, Tokens, TokenStats, held_to
@@ -117,6 +117,10 @@ class TokenPolicyGradient(ResetReference):
         """By answers, or by tokens: whichever `aggregate` divides by."""
         return share(batch.tokens.mask, total, self.aggregate)
 
+    def starts_at_one(self, batch: TokenBatch) -> bool:
+        """Not where ratios are taken against a foreign engine."""
+        return self.correction != "bypass" or batch.tokens.behaviour is None
+
     # ------------------------------------------------------------------------------------------------------- credit
 
     @abstractmethod
@@ -162,7 +166,7 @@ class TokenPolicyGradient(ResetReference):
         imitation = value_at(self.sft_coef, batch.iteration)
         terms: Terms = {"policy_loss": (1 - imitation, table)}
         if reference is not None:
-            ratio = (stats.logprob - tokens.logprob).exp() if self.kl_unbiased else None
+            ratio = _since_drawn(tokens, stats.logprob) if self.kl_unbiased else None
             terms["kl"] = self.kl_coef, token_kl(stats.logprob, reference, self.kl_form, ratio)
         if self.entropy_coef > 0:
             assert stats.entropy is not None
@@ -309,6 +313,11 @@ class TokenReturns(TokenPolicyGradient):
 
     gamma: fields.Gamma = 1.0
 
+    @property
+    def needs(self) -> Needs:
+        """An advantage of each token."""
+        return super().needs._replace(token_credit=True)
+
     @abstractmethod
     def returns(self, batch: TokenBatch, rewards: Tensor) -> Tensor:
         """Advantages [R,S] of this process's tokens before they are normalised, by their `rewards` [R,S]."""
@@ -365,6 +374,12 @@ def token_credit(batch: TokenBatch) -> Tensor:
         raise ValueError("the loss needs batch.advantages; fill them with credit(batch) first.")
     mask, credit = batch.tokens.mask, batch.advantages
     return (credit[:, None] if credit.dim() == 1 else credit) * mask
+
+
+def _since_drawn(tokens: Tokens, logprob: Tensor) -> Tensor:
+    """pi / mu [N,S] with its gradient, cut as all ratios are; mu drew the tokens, perhaps a foreign engine."""
+    drawn = tokens.logprob if tokens.behaviour is None else tokens.behaviour
+    return (logprob - drawn).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def token_edges(tokens: Tokens, logprob: Tensor, before: Tensor, credit: Tensor) -> Edges:

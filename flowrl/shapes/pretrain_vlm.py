@@ -129,7 +129,7 @@ class Recipe:
     seed: int = 0
     eyes_steps: int = 400
     talk_steps: int = 2_200
-    sight_steps: int = 1_500
+    sight_steps: int = 500
     habit_steps: int = 300
     batch: int = 48
     emphasis: float = 6.0

@@ -231,7 +231,8 @@ class ImageTextModel:
     def prepare(self, messages: Sequence[Message], solution: str | None = None) -> Inputs:
         """A prompt, processed alone; an answer is to follow.
 
-        ModelError where a text holds a control token, or where there are videos and the model takes none.
+        ModelError where a text holds a control token, where there are videos and the model takes none, or where the
+        solution holds tokens that an answer cannot have.
         """
         for text in _texts(messages):
             self._refuse_control(text)
@@ -242,7 +243,7 @@ class ImageTextModel:
                 **self._video_options(messages),
             )  # fmt: skip
         inputs = split(processed)
-        gold = None if solution is None else torch.tensor([*self.encode(solution), self.ends[0]])
+        gold = None if solution is None else torch.tensor([*self._writable(solution), self.ends[0]])
         return Inputs(ids=inputs.ids, places=inputs.places, media=inputs.media, messages=tuple(messages), solution=gold)
 
     def _video_options(self, messages: Sequence[Message]) -> dict[str, Any]:
@@ -307,6 +308,19 @@ class ImageTextModel:
         known = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         known |= set(self.tokenizer.convert_ids_to_tokens(sorted(_media_ids(self.trainable, self.processor))))
         return re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))) or "(?!)")
+
+    def _writable(self, solution: str) -> list[int]:
+        """The tokens of a worked answer; ModelError where the model could not have written it."""
+        ids, barred = self.encode(solution), {*self.banned.tolist(), *self.ends}
+        if barred.isdisjoint(ids):
+            return ids
+        words = [word for word in solution.split() if not barred.isdisjoint(self.encode(word))]
+        tokens = self.tokenizer.convert_ids_to_tokens(sorted(barred.intersection(ids)))
+        raise ModelError(
+            f"model {self.path!r}: the solution {solution[:60]!r} cannot be learnt: {', '.join(words[:5]) or 'a part'} "
+            f"is read as {', '.join(tokens)}, which an answer never has: a control token, or one for unknown words. "
+            "Write it in words that the tokenizer knows, or leave the row's `solution` out."
+        )
 
     def _refuse_control(self, text: str) -> None:
         found = self._control.search(text)

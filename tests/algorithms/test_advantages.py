@@ -534,6 +534,17 @@ def test_the_known_vectors(how, expected):
     assert (found.value[4:] == 0).all()
 
 
+@pytest.mark.parametrize("level", [0.0, 1.0, -0.3])
+def test_rewards_that_all_agree_have_no_std_to_be_divided_by(level):
+    """Without a mean they would be divided by eps alone; without a std they are REINFORCE's own."""
+    rewards = torch.full((8,), level)
+    found = group_advantages(rewards, GROUPS, "global", eps=1e-6, mean="none")
+    assert (found.value == 0).all() and not found.live.any()
+    assert torch.equal(group_advantages(rewards, GROUPS, "none", mean="none").value, rewards.double())
+    differ = group_advantages(MIXED, GROUPS, "global", eps=0.0, mean="none")
+    np.testing.assert_allclose(differ.value.numpy(), MIXED.numpy() / MIXED.numpy().std())
+
+
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("std", ["group", "global", "none"])
 def test_other_means_equal_the_loop(std, unbiased):

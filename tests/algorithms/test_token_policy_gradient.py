@@ -310,6 +310,44 @@ def test_the_kl_in_the_reward_is_that_of_the_whole_answer():
     )
 
 
+@pytest.mark.parametrize("foreign", [False, True])
+def test_the_kl_of_drawn_tokens_by_hand(foreign):
+    """pi / mu (log pi - log ref) with its gradient, mu being who drew the tokens; the ratio is cut at exp(20)."""
+    algorithm, policy = GRPO(kl_coef=0.1, kl_unbiased=True, kl_form="k1", aggregate="token_mean"), Words()
+    batch = live(batch_of(policy, algorithm))
+    batch = engine(batch) if foreign else batch
+    moved(policy)
+    tokens, mask = batch.tokens, batch.tokens.mask
+    drawn = tokens.behaviour if foreign else tokens.logprob
+    with torch.no_grad(), policy.reference():
+        reference = policy.evaluate(tokens).logprob
+    logprob = policy.evaluate(tokens).logprob
+    ratio = (logprob - drawn)[mask].exp()
+    assert (ratio - 1).abs().max() > 0.1
+    expected = (ratio * (logprob - reference)[mask]).mean()
+    stats = policy.evaluate(tokens)
+    table = algorithm.terms(policy, batch, stats, reference)[0]["kl"][1]
+    torch.testing.assert_close(table[mask].mean(), expected)
+    for found, wanted in zip(*(torch.autograd.grad(x, (policy.table, policy.seen)) for x in
+                               (table[mask].mean(), expected)), strict=True):  # fmt: skip
+        torch.testing.assert_close(found, wanted)
+    name = "behaviour" if foreign else "logprob"
+    far = replace(batch, tokens=tokens_with(tokens, **{name: drawn - 900.0}))
+    assert algorithm.loss(policy, far).metrics["kl"].isfinite()
+
+
+@every
+def test_methods_say_whether_their_tokens_have_an_advantage_each(name):
+    algorithm = METHODS[name]
+    assert (batch_of(Words(), algorithm).advantages.dim() == 2) == algorithm.needs.token_credit
+
+
+def test_ratios_against_an_engine_do_not_start_at_one():
+    batch = live(batch_of(Words(), GRPO()))
+    assert GRPO(correction="bypass").starts_at_one(batch) and GRPO().starts_at_one(engine(batch))
+    assert not GRPO(correction="bypass").starts_at_one(engine(batch))
+
+
 def test_rewards_by_themselves():
     """gdpo and per_reward take the scores, not their sum."""
     algorithm = GRPO(combine="per_reward", unbiased=False, adv_eps=0.0)

@@ -385,28 +385,25 @@ def test_the_shipped_folder_is_small_and_that_of_the_recipe(shipped):
 
 def test_the_shipped_model_is_mediocre_and_leaves_room(shipped):
     figures = measure(*shipped, questions("held_out", count=240), samples=8)
-    assert 0.38 <= figures["sampled"]["all"] <= 0.57
-    assert figures["greedy"]["all"] <= 0.6
+    assert 0.30 <= figures["sampled"]["all"] <= 0.43
+    assert figures["greedy"]["all"] <= 0.55
     assert figures["pass@8"]["all"] >= 0.85
-    assert figures["iou>=0.99"]["box"] <= 0.02 and 0.1 <= figures["iou>=0.85"]["box"] <= 0.45
-    assert 0.2 <= figures["zooms"]["digits"] <= 0.4
+    assert figures["iou>=0.99"]["box"] <= 0.04 and 0.08 <= figures["iou>=0.85"]["box"] <= 0.25
+    assert 0.14 <= figures["zooms"]["digits"] <= 0.32
     assert 0.35 <= figures["thinks"]["count"] <= 0.55
 
 
-def test_the_shipped_model_is_more_often_right_when_it_thinks_and_reads_what_it_zooms_into(shipped):
-    torch.manual_seed(0)
-    asked = questions("held_out", kinds=["count", "color", "relation"], count=180)
-    said = respond(*shipped, asked, do_sample=True, top_k=0, temperature=1.0)
-    right = grade([said], asked)[0][0]
-    thinks = torch.tensor(["<think>" in text for text in said])
-    assert right[thinks].mean() > right[~thinks].mean() + 0.2
+def test_a_thought_and_a_zoom_help_the_shipped_model(shipped):
+    def answered(kind):
+        asked = questions("held_out", kinds=[kind])
+        said = [respond(*shipped, asked, do_sample=True, top_k=0, temperature=1.0) for _ in range(2)]
+        return grade(said, asked)[0].flatten(), [text for row in said for text in row]
 
-    digits = questions("held_out", kinds=["digits"])
-    model, processor = shipped
-    said = respond(model, processor, digits, do_sample=True, top_k=0, temperature=1.0)
-    found = torch.tensor([written(tuple(q.metadata["region"])) in text for q, text in zip(digits, said, strict=True)])
-    right = grade([said], digits)[0][0]
-    assert found.sum() > 15 and right[found].mean() > 0.6 and right[~found].mean() < 0.3
+    torch.manual_seed(0)
+    for kind, mark in (("relation", "<think>"), ("digits", "<tool_call>")):
+        right, said = answered(kind)
+        helped = torch.tensor([mark in text for text in said])
+        assert helped.sum() > 30 and right[helped].mean() > right[~helped].mean() + 0.1
 
 
 def test_responses_end_long_before_the_limit(shipped):

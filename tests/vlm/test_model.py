@@ -163,6 +163,16 @@ def test_a_solution_ends_like_an_answer(models):
     assert model.prepare(asked("1 + 1")).solution is None
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_solution_that_cannot_be_written_is_refused(models, name):
+    """Its log-prob would be minus infinity, and the loss with it."""
+    model = models[name]
+    end = model.tokenizer.convert_ids_to_tokens(model.ends[0])
+    for token in (model.picture, end):
+        with pytest.raises(ModelError, match=r"cannot be learnt.*leave the row's `solution` out"):
+            model.prepare(asked("1 + 1"), solution=f"it is {token} 2")
+
+
 def test_messages_are_left_as_they_are(models):
     talk = asked("what?", [picture(0)], system="short")
     before = [dict(message) for message in talk]

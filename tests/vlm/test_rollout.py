@@ -193,7 +193,10 @@ def two_tries(text_run, verifiers, name, how):
 
 
 def test_a_dead_group_gets_a_hint(text_run, verifiers):
-    _, helped, _, second = two_tries(text_run, verifiers, "hinted", "hint")
+    trainer, helped, first, second = two_tries(text_run, verifiers, "hinted", "hint")
+    for prompt in first.prompts:  # the history is of the questions as they are: nobody was right
+        assert trainer.history.rewards(prompt.id).sum() == 0
+    assert sum(trainer.history.seen(i) for i in range(len(trainer.prompts))) == 12 - len(helped)
     for i in helped:
         assert second.prompts[i].text.endswith("\nHint: the solution begins with: so")
 

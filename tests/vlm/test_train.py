@@ -352,6 +352,7 @@ def test_routed_verifiers_see_their_own_questions(text_run, verifier):
         assert row["reward/mean"] == pytest.approx((row["score/code"] + row["score/short"]) / 2)
         assert row["text/reward/even"] == pytest.approx(row["score/code"])
         assert row["text/reward/odd"] == pytest.approx(row["score/short"])
+        assert [row[f"score_no_verdict/{name}"] for name in ("code", "short", "odd")] == [0, 0, 0]
 
 
 def test_routed_verifiers_by_themselves(text_run, verifier):
@@ -520,6 +521,26 @@ def test_other_mistakes_are_told_with_their_keys(vlm_tree, tmp_path):
         ("generation.tools", "zoom"),
     ):  # fmt: skip
         assert any(key in line and told in line for line in text.splitlines()), (key, text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"algorithm": {"name": "reinforce_pp"}, "data.replay": {}}, "data.replay: .*an advantage each"),
+        ({"algorithm": {"name": "reinforce_pp_baseline"}, "data.replay": {}}, "data.replay: .*an advantage each"),
+        ({"algorithm": {"name": "cascade", "offline": {"name": "grpo"}, "online": {"name": "reinforce_pp"}},
+          "data.replay": {}}, "data.replay: .*an advantage each"),
+        ({"algorithm": {"name": "token_dpo"}, "data.replay": {}}, "data.replay: .*pairs"),
+        ({"data.on_dead_group": "hint", "data.max_tries": 2, "data.filters": [{"use": "informative"}],
+          "data.replay": {}}, "data.replay: .*data.on_dead_group"),
+        ({"generation.noisy": {}, "generation.server": {"url": "http://127.0.0.1:1/v1"}}, "noisy: .*leave noisy or"),
+        ({"algorithm": {"name": "grpo", "mean": "none"}, "data.samples_per_prompt": 1}, "samples_per_prompt: .*2 of"),
+        ({"algorithm": {"name": "grpo", "mean": "batch"}, "data.samples_per_prompt": 1}, "samples_per_prompt: .*2 of"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(vlm_tree, changes, told):
+    with pytest.raises(ConfigError, match=told):
+        make_config(vlm_tree("nowhere", changes))
 
 
 def test_prompts_without_a_number_of_tokens_that_fits(vlm_tree):

@@ -326,6 +326,8 @@ def _presets_section(curves: Sequence[Mapping[str, Any]]) -> list[str]:
     first = curves[0]["accuracy"][0]
     if others := [curve["name"] for curve in curves if curve["accuracy"][0] != first]:
         lines += [f"Note: not the same score of the base model as {curves[0]['name']}: {', '.join(others)}.", ""]
+    if len({curve["lr"] for curve in curves}) > 1:
+        lines += ["Note: not the same lr in all of them; see the column.", ""]
     seeds = sorted({curve["seed"] for curve in curves})
     updates = sorted({curve["updates"] for curve in curves})
     lines += [

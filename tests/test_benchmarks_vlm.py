@@ -21,6 +21,7 @@ name: {name}
 iterations: 2
 algorithm: {{name: grpo}}
 generation: {{max_new_tokens: 8, temperature: 1.0}}
+optimizer: {{warmup: 0}}
 data: {{prompts: "shapes_questions{kind}", prompts_per_iteration: 6, samples_per_prompt: 4, {filters}
        evaluation: {{num_samples: 30, grid_prompts: 0}}}}
 """

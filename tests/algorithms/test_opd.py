@@ -301,8 +301,8 @@ def test_a_run_comes_closer_to_its_teacher_and_exports_only_itself(
     from flowrl.models import load
 
     plain = Policy(load(tiny_model), lora=student)
-    expected = load_file(next(plain.export(tmp_path / "plain").rglob("diffusion_pytorch_model*.safetensors")))
-    found = load_file(next((tmp_path / "run" / "weights").rglob("diffusion_pytorch_model*.safetensors")))
+    expected = load_file(next(plain.export(tmp_path / "plain").rglob("*_*.safetensors")))
+    found = load_file(next((tmp_path / "run" / "weights").rglob("*_*.safetensors")))
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
     load_weights(plain, tmp_path / "run" / "weights")
 

@@ -81,7 +81,7 @@ def test_a_run_compares_twins_and_costs_what_is_announced(trainer, store, at):
         "algorithm": {"name": "diffusion_nft", "num_steps": T, "draws_per_sample": 2, "inject": [[0, 1.0], [1, 0.4]]},
         "data.prompts": str(store), "data.together": "twin", "data.prompts_per_iteration": 4,
     })  # fmt: skip
-    plan = run.algorithm.plan(run._times(), at, K, 0)
+    plan = run.algorithm.plan(run.actor.times, at, K, 0)
     row = [run.step(i) for i in range(at + 1)][-1]
     expected = expected_cost(run.config, run.algorithm, [plan], at)
     assert row["calls/rollout"] == expected.rollout and row["calls/train"] == expected.train == 4 * K * 2

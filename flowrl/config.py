@@ -344,12 +344,18 @@ class NoisyConfig(Section):
     """How suddenly it falls."""
 
 
+def _sampled(value: Any) -> Any:
+    if value == 0 and not isinstance(value, bool):
+        raise ValueError("should be above 0, since likeliest answers are all alike; evaluation_temperature may be 0")
+    return _no_bool(value)
+
+
 class GenerationConfig(Section):
     """How a model that writes is sampled; a config with this section trains one."""
 
     max_new_tokens: Count = 512
     """Tokens of a turn; longer answers are cut off, and known to be."""
-    temperature: Positive = 1.0
+    temperature: Annotated[float, BeforeValidator(_sampled), Field(gt=0)] = 1.0
     """Of sampling and of the log-probs. There is no top_p or top_k: with them log-probs would not be those sampled."""
     batch_size: Count | None = None
     """Answers written at a time; null = all. Memory and speed only, up to rounding."""

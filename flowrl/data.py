@@ -158,7 +158,10 @@ def picture_paths(place: str, given: Any, folder: Path) -> Any:
     for path in paths:
         if not path.is_file():
             near = nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
-            raise DataError(f"{place}: there is no file {str(path)!r}{near}; paths start at the folder of the prompts.")
+            raise DataError(
+                f"{place}: there is no file {str(path)!r}{near}. Paths start at the folder of the prompts, {folder}: "
+                "mend the path in that line, or put the file there."
+            )
     return str(paths[0]) if isinstance(given, str) else [str(path) for path in paths]
 
 

@@ -483,14 +483,16 @@ class Trainer:
                 self.best = self.policy.state_dict()
 
     def _remember_scores(self, found: Evaluation) -> None:
-        """Per-sample scores beside the picture: what paired standard errors are made of."""
+        """Per-sample scores beside the picture: what paired standard errors are made of; answers in full."""
         total = {} if found.total is None else {TOTAL: found.total}
         rows = {name: [None if math.isnan(x) else x for x in s.tolist()] for name, s in (found.scores | total).items()}
         texts = [p.text for p in found.prompts]
         categories = [str(p.metadata.get("category", "")) for p in found.prompts]
         path = self.folder / "samples" / f"{self.iteration:06d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        top = {name: rows.pop(name) for name in total}
+        top: dict[str, Any] = {name: rows.pop(name) for name in total}
+        if found.texts:
+            top["answers"] = list(found.texts)
         path.write_text(json.dumps({"prompts": texts, "categories": categories, "scores": rows} | top))
 
     # -------------------------------------------------------------------------------------------- stopping, going on

@@ -78,6 +78,14 @@ def export_runs(folder: Path) -> None:
         policy.export(folder / "runs" / run / "weights", inference={"num_inference_steps": 2})
 
 
+def export_a_model_that_writes(folder: Path) -> None:
+    """What `flowrl train configs/vlm/quickstart.yaml` would leave, untrained; the README asks it."""
+    from flowrl.vlm.model import ImageTextModel
+    from flowrl.vlm.policy import TextPolicy
+
+    TextPolicy(ImageTextModel.load("shapes_vlm")).export(folder / "runs" / "vlm-quickstart" / "weights")
+
+
 # ------------------------------------------------------------------------------------------------ examples
 
 
@@ -86,6 +94,7 @@ def test_python_examples_run(page, folder, capsys):
     write_files(page, folder)
     if page.name == "README.md":
         export_runs(folder)
+        export_a_model_that_writes(folder)
     namespace = {"__name__": "example"}
     for block in blocks(page):
         if block.language == "python" and block.file is None:

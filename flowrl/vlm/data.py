@@ -209,9 +209,10 @@ def _rendered(template: Template, place: str, text: str, metadata: Mapping[str, 
     try:
         return template.render(**row, row=row)
     except Exception as error:  # a template is code: it may divide by zero
-        known = ", ".join(row)
+        unknown = next(iter(re.findall(r"'(\w+)' is undefined", str(error))), "")
         raise DataError(
-            f"{place}: the template fails: {type(error).__name__}: {error}. The row has {known}."
+            f"{place}: data.template fails: {type(error).__name__}: {error}{nearest(unknown, row)}. The row has "
+            f"{', '.join(row)}; write {{% if NAME is defined %}} around a field that only some rows have."
         ) from error
 
 

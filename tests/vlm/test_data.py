@@ -94,8 +94,11 @@ def test_fields_that_are_called_otherwise(tmp_path):
         ({"prompt": "a", "images": 3}, {}, r":2: 'images' is 3; give the path of a picture"),
         ({"prompt": "a", "images": [["red.png"]]}, {}, r":2: 'images' is \['red.png'\]"),
         ({"prompt": "<image> or <image>?", "image": "red.png"}, {}, r":2: 2 times <image> in the text, and 1 pictures"),
-        ({"prompt": "a"}, {"template": "{{ level }}"}, r":2: the template fails: UndefinedError: 'level'"),
-        ({"prompt": "a", "level": 0}, {"template": "{{ 1 / level }}"}, r":2: the template fails: ZeroDivisionError"),
+        (
+            {"prompt": "a", "level_": 1}, {"template": "{{ level }}"},
+            r":2: data.template fails: UndefinedError: 'level' is undefined \(did you mean 'level_'",
+        ),  # fmt: skip
+        ({"prompt": "a", "level": 0}, {"template": "{{ 1 / level }}"}, r":2: data.template fails: ZeroDivisionError"),
         ({"prompt": "a", "level": 0}, {"template": "{% if level %}x{% endif %}"}, r":2: the prompt is empty"),
         ({"prompt": "a", "options": ["x", "y"], "answer": "z"}, {"drop_options": True}, r":2: the answer 'z' is none"),
     ],
@@ -260,7 +263,7 @@ def test_templates(tmp_path):
 )  # fmt: skip
 def test_templates_run_in_a_sandbox(tmp_path, template):
     start = time.perf_counter()
-    with pytest.raises(DataError, match="the template fails: (SecurityError|OverflowError|UndefinedError)"):
+    with pytest.raises(DataError, match="data.template fails: (SecurityError|OverflowError|UndefinedError)"):
         load_questions(jsonl(tmp_path, {"prompt": "a", "options": ["x"]}), template=template)
     assert time.perf_counter() - start < 2
 

@@ -203,17 +203,22 @@ def lines(config: Config, policy: Any, cost: Cost, world: int, speed: float, lim
         )
     if limit is not None and found.total > limit * GIB:
         told.append(f"that is more than {limit:g} GiB. What needs less, the cheapest first:")
-        told += list(_savings(config, policy, cost, walked, world, found.total))
+        told += list(savings(config, found.total, lambda other: memory(other, policy, cost, walked, world).total))
     return told
 
 
-def _savings(config: Config, policy: Any, cost: Cost, walked: Walk | None, world: int, total: float) -> Iterator[str]:
-    """Settings that need less, and what the estimate would then be; some save what it leaves out."""
+def savings(config: Config, total: float, needed: Callable[[Config], float]) -> Iterator[str]:
+    """Settings that need less than `total` bytes, and what `needed` then says; some save what it leaves out.
+
+    Keys of a key, such as those of adapters, have no figure: they make another model.
+    """
     for key, value, why in cheaper(config):
         section, name = key.split(".", 1)
-        other = getattr(config, section).model_copy(update={name: value})
-        less = memory(config.model_copy(update={section: other}), policy, cost, walked, world).total
-        then = f" -> {gib(less)} GiB" if less < total else ""
+        then = ""
+        if "." not in name:
+            other = getattr(config, section).model_copy(update={name: value})
+            less = needed(config.model_copy(update={section: other}))
+            then = f" -> {gib(less)} GiB" if less < total else ""
         yield f"  {key}={str(value).lower()}{then}   {why}"
 
 

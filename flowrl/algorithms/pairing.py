@@ -4,10 +4,14 @@ Symbols: B samples, N pairs; r reward. NaN (or infinite) reward = no verdict: th
 """
 
 import math
-from typing import Literal, get_args
+from abc import abstractmethod
+from typing import Annotated, Any, Literal, Self, get_args
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
+
+from flowrl.types import Hyperparameters, Loss
 
 How = Literal["best_worst", "all", "margin"]
 
@@ -54,3 +58,29 @@ def choose(rewards: Tensor, group: Tensor, how: How, min_margin: float = 0.0) ->
             pairs = torch.nonzero(mine[:, None] - mine[None, :] > least)
         found.append(index[pairs])
     return torch.cat(found)
+
+
+class PairsOfGroups(Hyperparameters):
+    """Hyperparameters of methods that pair the samples of a group by their rewards, and the pairs."""
+
+    pairing: Annotated[
+        How,
+        Field(
+            description="Pairs of a group: its best and worst sample, all that differ, or all by more than min_margin."
+        ),
+    ] = "best_worst"
+    min_margin: Annotated[float, Field(description="Rewards of a pair differ by more than this.", ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _margin_counts(self) -> Self:
+        if self.min_margin and self.pairing == "all":
+            raise ValueError(f"min_margin={self.min_margin:g} has no effect on pairing=all; set pairing=margin.")
+        return self
+
+    @abstractmethod
+    def loss(self, policy: Any, batch: Any) -> Loss:
+        """Loss of a part of an update; see `flowrl.types.Algorithm`."""
+
+    def pairs(self, rewards: Tensor, group: Tensor) -> Tensor:
+        """Indices (chosen, rejected) [N,2], on the CPU."""
+        return choose(rewards.cpu(), group.cpu(), self.pairing, self.min_margin)

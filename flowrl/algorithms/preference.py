@@ -25,7 +25,7 @@ from flowrl.algorithms.matching import (
     unit_sum,
     velocities,
 )
-from flowrl.algorithms.pairing import How, choose
+from flowrl.algorithms.pairing import PairsOfGroups
 from flowrl.algorithms.preference_terms import dpo, log_odds
 from flowrl.algorithms.schedule import check_group_size
 from flowrl.types import Batch, Draws, Loss, Needs, Policy
@@ -58,19 +58,12 @@ class Comparison(NamedTuple):
         return log_odds(self.chosen, self.rejected, self.beta)
 
 
-class Preference(Matching):
+class Preference(Matching, PairsOfGroups):
     """The hyperparameters of the family: which pairs, how strongly they count, and what the policy is compared with.
 
     The reference is the initial weights; with `refresh_every` or `sft_iterations` it is the policy as it was last.
     """
 
-    pairing: Annotated[
-        How,
-        Field(
-            description="Pairs of a group: its best and worst sample, all that differ, or all by more than min_margin."
-        ),
-    ] = "best_worst"
-    min_margin: Annotated[float, Field(description="Rewards of a pair differ by more than this.", ge=0)] = 0.0
     pairs_per_group: Annotated[
         fields.Count | None, Field(description="At most so many pairs of a group, drawn at random; null: all found.")
     ] = None
@@ -100,8 +93,6 @@ class Preference(Matching):
 
     @model_validator(mode="after")
     def _pairs_exist(self) -> Self:
-        if self.min_margin and self.pairing == "all":
-            raise ValueError(f"min_margin={self.min_margin:g} has no effect on pairing=all; set pairing=margin.")
         if self.pairs_per_group is not None and self.pairing == "best_worst":
             raise ValueError("pairs_per_group has no effect on pairing=best_worst, which gives one; set pairing=all.")
         return self
@@ -222,7 +213,7 @@ class Preference(Matching):
         """Indices (better, worse) [M,2] of this process's pairs, on the CPU."""
         assert batch.rewards is not None
         group = batch.trajectory.group.cpu()
-        pairs = choose(batch.rewards.cpu(), group, self.pairing, self.min_margin)
+        pairs = self.pairs(batch.rewards, group)
         if self.pairs_per_group is None:
             return pairs
         kept = [pairs[:0]]

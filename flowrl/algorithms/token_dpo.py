@@ -7,13 +7,13 @@
 | beta | beta |
 """
 
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
-from flowrl.algorithms.pairing import How, choose
+from flowrl.algorithms.pairing import PairsOfGroups
 from flowrl.algorithms.preference_terms import dpo
 from flowrl.algorithms.token_policy_gradient import ResetReference
 from flowrl.types import Loss, Needs, TokenBatch, TokenPolicy, held_to
@@ -36,7 +36,7 @@ class Pairs(NamedTuple):
     """The credit of w, which is equal for all answers of an iteration where a method compares with it."""
 
 
-class TokenDPO(ResetReference):
+class TokenDPO(ResetReference, PairsOfGroups):
     """DPO (arXiv:2305.18290) on the policy's own answers: -log sigmoid(beta (log-ratio_w - log-ratio_l)) of pairs.
 
     Own answers, because better ones of another model are told apart at once and teach nothing; and pairs of right and
@@ -45,25 +45,12 @@ class TokenDPO(ResetReference):
     Note: answers of a few tokens collapse under it; length_normalised, with a larger beta, holds up better.
     """
 
-    pairing: Annotated[
-        How,
-        Field(
-            description="Pairs of a group: its best and worst answer, all that differ, or all by more than min_margin."
-        ),
-    ] = "best_worst"
-    min_margin: Annotated[float, Field(description="Rewards of a pair differ by more than this.", ge=0)] = 0.0
     beta: Annotated[
         float, Field(description="Strength of a pair; larger for long answers, smaller for short ones.", gt=0)
     ] = 0.1
     length_normalised: Annotated[
         bool, Field(description="Log-ratios are means over the tokens, not sums: long answers count for no more.")
     ] = False
-
-    @model_validator(mode="after")
-    def _pairs_exist(self) -> Self:
-        if self.min_margin and self.pairing == "all":
-            raise ValueError(f"min_margin={self.min_margin:g} has no effect on pairing=all; set pairing=margin.")
-        return self
 
     @property
     def fewest_samples(self) -> int:
@@ -136,4 +123,4 @@ class TokenDPO(ResetReference):
         Answers in no pair have left by then, which changes nothing for those of their group that are in one.
         """
         assert batch.rewards is not None
-        return choose(batch.rewards.cpu(), batch.group.cpu(), self.pairing, self.min_margin)
+        return self.pairs(batch.rewards, batch.group)

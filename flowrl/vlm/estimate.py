@@ -12,7 +12,6 @@ Symbols: L places of a prompt, S of an answer, P questions and K answers each an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,20 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from flowrl.config import Config
-from flowrl.estimate import GIB, MFU, NumbersAndShapes, Walk, duration, flop, gib, numbers, size_of, speed_of, storage
-from flowrl.memory import cheaper
+from flowrl.estimate import (
+    GIB,
+    MFU,
+    NumbersAndShapes,
+    Walk,
+    duration,
+    flop,
+    gib,
+    numbers,
+    savings,
+    size_of,
+    speed_of,
+    storage,
+)
 from flowrl.vlm.actor import questions
 from flowrl.vlm.collate import Inputs
 from flowrl.vlm.data import messages
@@ -210,22 +221,8 @@ def lines(
     )
     if limit is not None and found.total > limit * GIB:
         told.append(f"that is more than {limit:g} GiB. What needs less, the cheapest first:")
-        told += list(_savings(config, policy, length, walked, world, found.total))
+        told += list(savings(config, found.total, lambda other: memory(other, policy, length, walked, world).total))
     return told
-
-
-def _savings(
-    config: Config, policy: TextPolicy, length: Lengths, walked: Walk, world: int, total: float
-) -> Iterator[str]:
-    """Settings that need less, and what the estimate would then be; adapters are another model to walk."""
-    for key, value, why in cheaper(config):
-        section, name = key.split(".", 1)
-        then = ""
-        if "." not in name:
-            other = getattr(config, section).model_copy(update={name: value})
-            less = memory(config.model_copy(update={section: other}), policy, length, walked, world).total
-            then = f" -> {gib(less)} GiB" if less < total else ""
-        yield f"  {key}={str(value).lower()}{then}   {why}"
 
 
 def _text(network: Any) -> Any:

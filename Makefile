@@ -6,7 +6,8 @@ STAMP  := $(VENV)/.installed
 
 # Two workers with a thread each: tests that start processes of their own do not fight over the cores.
 # Files are handed out in the order of tests/conftest.py, the long ones first.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+          --durations 30
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false

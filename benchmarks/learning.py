@@ -105,7 +105,7 @@ def overrides(card: Card, folder: Path) -> list[str]:
     every = -(-card.iterations // EVALUATIONS)
     return [
         f"iterations={card.iterations}", f"seed={card.seed}", f"evaluate_every={every}",
-        f"engine.threads={card.threads}", f"output_dir={folder}",
+        f"engine.threads={card.threads}", f"output_dir={folder}", *card.changes,
     ]  # fmt: skip
 
 

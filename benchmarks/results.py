@@ -46,6 +46,8 @@ class Card:
     threads: int
     jobs: int
     """Runs that went on beside each other."""
+    changes: Sequence[str] = ()
+    """Further overrides of the config."""
 
 
 def read_card(folder: Path) -> Card:

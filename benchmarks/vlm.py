@@ -11,6 +11,7 @@ again; a run that was stopped goes on from its checkpoint.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -31,6 +32,8 @@ from flowrl.log import write_atomic
 
 BOXES = ("box_dynamic", "box_fixed")
 """Equal budgets; the schedule of the IoU, and its end from the start."""
+QUESTIONS = (24, 4, 2)
+"""An iteration: as the configs have it, and fewer, so that a perfect box is a rare thing."""
 IOUS = (0.85, 0.95, 0.99)
 """Above which overlaps the shares of boxes are counted: the stages of V-Triune's schedule (arXiv:2505.18129)."""
 LEARNT = 10.0
@@ -48,34 +51,40 @@ def presets(configs: Path) -> dict[str, Path]:
     return {name: path for name, path in found.items() if load_config(path).algorithm.name == name}
 
 
-def job_of(name: str, path: Path, output: Path, *, seed: int, iterations: int | None, jobs: int) -> learning.Job:
-    """What is to be done for a config: its own number of iterations, or `iterations` of them.
+def job_of(
+    name: str, path: Path, output: Path, *, seed: int, iterations: int | None, jobs: int, questions: int | None = None
+) -> learning.Job:
+    """What is to be done for a config: as many iterations and questions an iteration as it says itself, or as these.
 
     The budget of its card is in answers. BenchmarkError where the folder holds another run.
     """
-    config = load_config(path, [f"seed={seed}"])
+    changes = [] if questions is None else [f"data.prompts_per_iteration={questions}"]
+    config = load_config(path, [f"seed={seed}", *changes])
     length = iterations or config.iterations
     answers = length * config.data.prompts_per_iteration * config.data.samples_per_prompt
     card = Card(
         config=path.as_posix(), budget=answers, predicted=answers, iterations=length, seed=seed,
-        threads=learning.THREADS, jobs=jobs,
+        threads=learning.THREADS, jobs=jobs, changes=changes,
     )  # fmt: skip
-    folder = output / f"{name}-{seed}"
+    folder = output / "-".join(map(str, [name, seed] if questions is None else [name, questions, seed]))
     action = learning.decide(folder, card, load_config(path, learning.overrides(card, folder)))
     return learning.Job(name=folder.name, folder=folder, card=card, action=action)
 
 
 def train(
-    wanted: Mapping[str, Path], output: Path, *, seeds: Sequence[int], iterations: int | None, jobs: int
-) -> tuple[list[Path], dict[str, str]]:
-    """Brings every config to its end, once a seed; the folders of those that got there, and why others did not."""
+    wanted: Mapping[str, Path], output: Path, *, seeds: Sequence[int], iterations: int | None, jobs: int,
+    questions: Sequence[int | None] = (None,),
+) -> tuple[list[Path], dict[str, str]]:  # fmt: skip
+    """Brings every config to its end, once a seed and number of questions; the folders of those that got there.
+
+    And why others did not, by their names.
+    """
     planned, failed = [], {}
-    for seed in seeds:
-        for name, path in wanted.items():
-            try:
-                planned.append(job_of(name, path, output, seed=seed, iterations=iterations, jobs=jobs))
-            except (ValueError, OSError) as error:
-                failed[f"{name}-{seed}"] = str(error)
+    for asked, seed, (name, path) in itertools.product(questions, seeds, wanted.items()):
+        try:
+            planned.append(job_of(name, path, output, seed=seed, iterations=iterations, jobs=jobs, questions=asked))
+        except (ValueError, OSError) as error:
+            failed[f"{name}-{seed}"] = str(error)
     failed |= learning.train_all([job for job in planned if job.action != "skip"], jobs)
     return [job.folder for job in planned if finished(job.folder, job.card.iterations)], failed
 
@@ -94,7 +103,6 @@ class Curve:
     updates: int
     answers: list[int]
     tokens: int
-    seconds: float
     accuracy: list[Value]
     kinds: dict[str, tuple[float, float]]
     """Accuracy of each kind of question before and after."""
@@ -116,7 +124,6 @@ def read_curve(folder: Path) -> Curve:
         name=Path(card.config).stem, seed=card.seed, lr=config.optimizer.lr, iterations=card.iterations,
         updates=card.iterations * config.optimizer.updates_per_iteration,
         answers=[spent[row["iteration"]] for row in evaluations], tokens=round(tokens),
-        seconds=evaluations[-1]["train_seconds"],
         accuracy=[Value(100 * entry["mean"], 100 * entry["se"]) for entry in accuracy],
         kinds={
             kind: (100 * first["mean"], 100 * accuracy[-1]["by_category"][kind]["mean"])
@@ -132,6 +139,9 @@ class BoxRun:
 
     name: str
     seed: int
+    questions: int
+    answers: int
+    """In an iteration."""
     iterations: list[int]
     iou: list[Value]
     shares: list[list[float]]
@@ -146,12 +156,14 @@ class BoxRun:
 
 def read_boxes(folder: Path) -> BoxRun:
     """A finished run's overlaps on held-out questions."""
-    card = read_card(folder)
+    card, data = read_card(folder), load_config(folder / "config.yaml").data
     at = [row["iteration"] for row in _rows(folder, "evaluations")]
     overlaps = [_samples(folder, iteration)["box.iou"] for iteration in at]
     differ = [100 * (1 - row["zero_std_frac"]) for row in _rows(folder, "metrics")]
     return BoxRun(
-        name=Path(card.config).stem, seed=card.seed, iterations=at, iou=[_percent(mean_and_error(x)) for x in overlaps],
+        name=Path(card.config).stem, seed=card.seed, questions=data.prompts_per_iteration,
+        answers=data.prompts_per_iteration * data.samples_per_prompt, iterations=at,
+        iou=[_percent(mean_and_error(x)) for x in overlaps],
         shares=[[100 * (x >= bar).float().mean().item() for bar in IOUS] for x in overlaps],
         gain=_percent(paired_gain(overlaps[0], overlaps[-1])),
         early=statistics.mean(differ[: math.ceil(EARLY * len(differ))]), whole=statistics.mean(differ),
@@ -303,7 +315,7 @@ def render(parts: Mapping[str, Any]) -> str:
 def _presets_section(curves: Sequence[Mapping[str, Any]]) -> list[str]:
     kinds = list(curves[0]["kinds"])
     base = [
-        "base model", "0", "", "", "", f"{curves[0]['accuracy'][0][0]:.1f}", "",
+        "base model", "0", "", "", f"{curves[0]['accuracy'][0][0]:.1f}", "",
         *(f"{curves[0]['kinds'][kind][0]:.0f}" for kind in kinds),
     ]  # fmt: skip
     rows = [_preset_cells(curve, kinds) for curve in sorted(curves, key=lambda curve: -(curve["gain"][0] or 0))]
@@ -313,8 +325,8 @@ def _presets_section(curves: Sequence[Mapping[str, Any]]) -> list[str]:
         "The same base model, questions, number of answers that count and number of updates; lr as in the method's",
         "config. The columns at the right are the accuracy for each kind of question at the end.",
         "",
-        _line(["method", "answers", "tokens", "train s", "lr", "accuracy %", "gain ± SE", *kinds]),
-        _line(["---", *["---:"] * (6 + len(kinds))]),
+        _line(["method", "answers", "tokens", "lr", "accuracy %", "gain ± SE", *kinds]),
+        _line(["---", *["---:"] * (5 + len(kinds))]),
         _line(base),
         *(_line(row) for row in rows),
         "",
@@ -346,60 +358,53 @@ def _preset_cells(curve: Mapping[str, Any], kinds: Sequence[str]) -> list[str]:
     first, last = curve["accuracy"][0][0], curve["accuracy"][-1][0]
     return [
         curve["name"] + (" †" if gain < LEARNT else ""), f"{curve['answers'][-1]:,}", f"{curve['tokens']:,}",
-        f"{curve['seconds']:.0f}", f"{curve['lr']:g}", f"{first:.1f} → {last:.1f}", f"{gain:+.1f} ± {error:.1f}",
+        f"{curve['lr']:g}", f"{first:.1f} → {last:.1f}", f"{gain:+.1f} ± {error:.1f}",
         *(f"{curve['kinds'][kind][1]:.0f}" for kind in kinds),
     ]  # fmt: skip
 
 
 def _boxes_section(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     shares = [f"share ≥ {bar:.2f}".replace("0.", ".") for bar in IOUS]
-    lines = [
+    seeds = sorted({run["seed"] for run in runs})
+    kinds = sorted({(-run["answers"], run["name"]) for run in runs})
+    of_kind = [[run for run in runs if (-run["answers"], run["name"]) == kind] for kind in kinds]
+    return [
         "## Boxes: a rising IoU, or .99 from the start",
         "",
         "Both are paid 1 for a box that overlaps enough, 0 for any other; they differ in nothing but what is enough.",
-        "Mean IoU and shares in percent; groups that differ are those whose answers did not all get the same reward,",
-        "which is all that there is to learn from. Before training "
-        f"{runs[0]['shares'][0][-1]:.1f} % of the boxes reach .99 already: what a fixed .99 begins with.",
+        "Before training "
+        f"{runs[0]['shares'][0][-1]:.1f} % of the boxes reach .99 already. With many answers an iteration some of them",
+        "always do, and that is enough to learn from; with few of them most groups of a fixed .99 are all wrong.",
         "",
-        _line(["config", "seed", "mean IoU", "gain ± SE", *shares, "groups that differ, first tenth", "whole run"]),
-        _line(["---", *["---:"] * (5 + len(shares))]),
-        *(_line(_box_cells(run)) for run in sorted(runs, key=lambda run: (run["name"], run["seed"]))),
+        f"Mean over the seeds {_listed(seeds)}, and their range, in percentage points: mean IoU, and shares of boxes",
+        "above a bar. Groups that differ are those whose answers did not all get the same reward, which is all that",
+        "there is to learn from.",
         "",
-    ]
-    for name in dict.fromkeys(run["name"] for run in runs):
-        lines += [_box_verdict(name, [run for run in runs if run["name"] == name])]
-    seeds = sorted({run["seed"] for run in runs})
-    return [
-        *lines, "", "![Overlaps over iterations](vlm_boxes.png)", "",
-        *_made_by("boxes", runs[0]["iterations"][-1], seeds),
+        _line(["answers an iteration", "config", "mean IoU", *shares, "groups that differ, first tenth", "whole run"]),
+        _line(["---:", "---", *["---:"] * (3 + len(shares))]),
+        *(_line(_box_cells(found)) for found in of_kind),
+        "",
+        "![Overlaps over iterations](vlm_boxes.png)",
+        "",
+        *_made_by(
+            "boxes", runs[0]["iterations"][-1], seeds,
+            questions=sorted({run["questions"] for run in runs}, reverse=True),
+        ),
     ]  # fmt: skip
 
 
-def _box_cells(run: Mapping[str, Any]) -> list[str]:
-    (gain, error), first, last = run["gain"], run["shares"][0], run["shares"][-1]
+def _box_cells(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of one config with so many answers, over its seeds."""
     return [
-        run["name"], str(run["seed"]), f"{run['iou'][0][0]:.1f} → {run['iou'][-1][0]:.1f}",
-        f"{gain:+.1f} ± {error:.1f}",
-        *(f"{a:.1f} → {b:.1f}" for a, b in zip(first, last, strict=True)),
-        f"{run['early']:.1f} %", f"{run['whole']:.1f} %",
+        str(runs[0]["answers"]), runs[0]["name"], _mean_of([run["gain"][0] for run in runs]),
+        *(_mean_of([run["shares"][-1][bar] - run["shares"][0][bar] for run in runs]) for bar in range(len(IOUS))),
+        f"{statistics.mean(run['early'] for run in runs):.0f} %",
+        f"{statistics.mean(run['whole'] for run in runs):.0f} %",
     ]  # fmt: skip
-
-
-def _box_verdict(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence over the seeds."""
-
-    def risen(at: int, bar: int) -> str:
-        return _mean_of([run["shares"][at][bar] - run["shares"][0][bar] for run in runs])
-
-    return (
-        f"- `{name}`: mean IoU {_mean_of([run['gain'][0] for run in runs])} points at the end; boxes at {IOUS[0]:g} "
-        f"{risen(1, 0)} at the first evaluation and {risen(-1, 0)} at the end, at {IOUS[-1]:g} {risen(1, -1)} and "
-        f"{risen(-1, -1)} (mean and range over {len(runs)} seeds)."
-    )
 
 
 def _mean_of(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):+.1f} [{min(values):+.1f}, {max(values):+.1f}]"
+    return f"{statistics.mean(values):+.1f} ({min(values):+.1f} to {max(values):+.1f})"
 
 
 def _speed_section(speed: Mapping[str, Any]) -> list[str]:
@@ -428,9 +433,10 @@ def _speed_section(speed: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _made_by(command: str, iterations: int, seeds: Iterable[int]) -> list[str]:
-    told = f"python -m benchmarks.vlm {command} --iterations {iterations} --seed {' '.join(map(str, seeds))}"
-    return ["```bash", told, "```", ""]
+def _made_by(command: str, iterations: int, seeds: Iterable[int], **lists: Iterable[int]) -> list[str]:
+    given = {"iterations": [iterations], "seed": seeds, **lists}
+    options = " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in given.items())
+    return ["```bash", f"python -m benchmarks.vlm {command} {options}", "```", ""]
 
 
 def _listed(values: Iterable[int]) -> str:
@@ -461,17 +467,22 @@ def draw_presets(curves: Sequence[Curve], path: Path) -> None:
 
 
 def draw_boxes(runs: Sequence[BoxRun], path: Path) -> None:
-    """Mean IoU, and the share of boxes above each of IOUS, over iterations; a thin line a seed."""
-    from benchmarks.plot import COLORS
+    """Mean IoU, and the share of boxes above each of IOUS, over iterations.
+
+    A line a seed: its colour is of the config, its style of the number of answers.
+    """
+    from benchmarks.plot import COLORS, STYLES
 
     sheet, (left, *right) = _sheet(1 + len(IOUS))
     colors = dict(zip(dict.fromkeys(run.name for run in runs), COLORS, strict=False))
+    styles = dict(zip(sorted({run.answers for run in runs}, reverse=True), STYLES, strict=False))
     labelled: set[str] = set()
     for run in runs:
-        look = {"color": colors[run.name], "marker": "o", "markersize": 3, "linewidth": 1.2}
-        left.plot(run.iterations, [value.mean for value in run.iou], **look,
-                  label=None if run.name in labelled else run.name)  # fmt: skip
-        labelled.add(run.name)
+        line, marker = styles[run.answers]
+        look = {"color": colors[run.name], "linestyle": line, "marker": marker, "markersize": 3, "linewidth": 1.2}
+        name = f"{run.name}, {run.answers} answers"
+        left.plot(run.iterations, [value.mean for value in run.iou], **look, label=None if name in labelled else name)
+        labelled.add(name)
         for place, axis in enumerate(right):
             axis.plot(run.iterations, [shares[place] for shares in run.shares], **look)
     left.set(xlabel="iteration", ylabel="mean IoU, %")
@@ -523,7 +534,8 @@ def run_boxes(options: argparse.Namespace) -> dict[str, str]:
     """Train on boxes in both ways, write the table and the picture; why some of them are missing."""
     wanted = {name: options.configs / f"{name}.yaml" for name in BOXES}
     folders, failed = train(
-        wanted, options.output, seeds=options.seed, iterations=options.iterations, jobs=options.jobs
+        wanted, options.output, seeds=options.seed, iterations=options.iterations, jobs=options.jobs,
+        questions=options.questions,
     )  # fmt: skip
     runs = [read_boxes(folder) for folder in folders]
     if runs:
@@ -564,6 +576,7 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--only", nargs="*", default=[], metavar="NAME", help="these methods; the table has no others")
     each.set_defaults(run=run_presets)
     boxes = commands.add_parser("boxes", help="a rising IoU against .99 from the start; resumable")
+    boxes.add_argument("--questions", type=int, nargs="+", default=QUESTIONS, help="an iteration, in turn")
     boxes.set_defaults(run=run_boxes)
     for command in (each, boxes):
         command.add_argument("--configs", type=Path, default=Path("configs/vlm"), help="folder of the configs")

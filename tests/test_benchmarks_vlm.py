@@ -80,6 +80,13 @@ def test_equal_budgets():
     assert len(paid) == len(boxes) == 1
 
 
+def test_fewer_questions_are_a_run_of_their_own():
+    job = vlm.job_of("box_fixed", CONFIGS / "box_fixed.yaml", Path("none"), seed=1, iterations=9, jobs=1, questions=2)
+    assert job.folder == Path("none/box_fixed-2-1") and job.card.budget == 9 * 2 * 8
+    assert load_config(job.card.config, learning.overrides(job.card, job.folder)).data.prompts_per_iteration == 2
+    assert "data.prompts_per_iteration=2" in job.command
+
+
 def test_a_curve_is_what_the_run_wrote(output):
     curve, folder = vlm.read_curve(output / "grpo-0"), output / "grpo-0"
     rows, evaluations = lines(folder / "metrics.jsonl"), lines(folder / "evaluations.jsonl")
@@ -108,7 +115,9 @@ def test_the_page_has_a_row_for_each_run_and_keeps_the_other_parts(output, tmp_p
     vlm.draw_presets([curve], tmp_path / "vlm_presets.png")
     vlm.draw_boxes([run], tmp_path / "vlm_boxes.png")
     page = (tmp_path / "vlm.md").read_text()
-    assert f"| {curve.accuracy[0].mean:.1f} → {curve.accuracy[-1].mean:.1f} |" in page and "| box_dynamic | 0 |" in page
+    assert (
+        f"| {curve.accuracy[0].mean:.1f} → {curve.accuracy[-1].mean:.1f} |" in page and "| 24 | box_dynamic | " in page
+    )
     for picture in ("vlm_presets.png", "vlm_boxes.png"):
         assert f"({picture})" in page and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 

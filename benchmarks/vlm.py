@@ -440,7 +440,8 @@ def _made_by(command: str, iterations: int, seeds: Iterable[int], **lists: Itera
 
 
 def _listed(values: Iterable[int]) -> str:
-    return " and ".join(map(str, values))
+    *first, last = map(str, values)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _line(cells: Sequence[str]) -> str:

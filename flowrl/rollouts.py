@@ -52,7 +52,7 @@ def _line(row: int, cell: tuple[int, int], batch: AnyBatch, result: HubResult) -
     prompt = batch.prompts[int(batch.leaf_prompt[row])]
     return {
         "prompt": prompt.text, "prompt_id": prompt.id, "group": int(batch.group[row]), "cell": cell,
-        **({"response": batch.samples[row].response[:TEXT]} if isinstance(batch, TokenBatch) else {}),
+        **(_answered(batch, row) if isinstance(batch, TokenBatch) else {}),
         "total": _number(result.total[row]),
         "scores": {name: _number(score[row]) for name, score in result.scores.items()},
         "parts": {
@@ -61,6 +61,13 @@ def _line(row: int, cell: tuple[int, int], batch: AnyBatch, result: HubResult) -
         },
         "info": {name: _plain(entry) for name, entry in result.info[row].items() if entry},
     }  # fmt: skip
+
+
+def _answered(batch: TokenBatch, row: int) -> dict[str, Any]:
+    """What was written, what was right, and what was shown where that is a file."""
+    meta = batch.samples[row].meta
+    shown = [path for path in meta.get("images", ()) if isinstance(path, str)]
+    return {"response": batch.samples[row].response[:TEXT], "answer": _plain(meta.get("answer")), "images": shown}
 
 
 def _number(value: Any) -> float | None:

@@ -9,6 +9,7 @@ could leave nothing to update with.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -89,6 +90,12 @@ def smoke(path: str | Path, overrides: Sequence[str], say: Callable[[str], None]
         with _timed(say, "exported weights loaded and sampled"):
             trainer.actor.check_export(folder / "weights")
         say(_peak(trainer))
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        if not any(row.get("grad_norm") for row in rows):
+            say(
+                "note: no update had a gradient, because the rewards of each group agreed (a random model is never "
+                "right): the backward pass ran, but on zeros"
+            )
     return folder
 
 

@@ -493,6 +493,7 @@ class Trainer:
         top: dict[str, Any] = {name: rows.pop(name) for name in total}
         if found.texts:
             top["answers"] = list(found.texts)
+            top["right"] = [str(p.metadata.get("answer", "")) for p in found.prompts]
         path.write_text(json.dumps({"prompts": texts, "categories": categories, "scores": rows} | top))
 
     # -------------------------------------------------------------------------------------------- stopping, going on

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flowrl.actor import watched
-from flowrl.config import Config, GenerationConfig, ModelConfig, curriculum_problems, filter_problems, folder_problems
+from flowrl.config import Config, GenerationConfig, ModelConfig, curriculum_problems, filter_problems
 from flowrl.configfile import Key
 from flowrl.data import DataError, PromptSampler, fingerprint
 from flowrl.engine import Engine
@@ -25,6 +25,7 @@ from flowrl.memory import explained
 from flowrl.models.pipeline import ModelError
 from flowrl.replay import Replayed
 from flowrl.report import sheet_of, spread
+from flowrl.resolve import nearest
 from flowrl.rollouts import write_rollout
 from flowrl.tiny import PREFIX
 from flowrl.types import AnyBatch, Prompt, TokenBatch, Tokens, padded_places
@@ -34,7 +35,7 @@ from flowrl.vlm.data import load_questions
 from flowrl.vlm.export import FORMS, Form, is_peft
 from flowrl.vlm.generate import Row
 from flowrl.vlm.metrics import REFLECTS, reflection, text_metrics
-from flowrl.vlm.model import ImageTextModel
+from flowrl.vlm.model import ImageTextModel, check_path
 from flowrl.vlm.policy import TextPolicy
 from flowrl.vlm.rollout import Writer, Written
 from flowrl.vlm.server import Server
@@ -52,6 +53,8 @@ EVALUATION = -1
 RIGHT = 1 - 1e-6
 """Total from which on an answer is right."""
 READERS: dict[Form, str] = {"peft": "for peft", "full": "for transformers"}
+_CAPTION = 72
+"""Characters of an answer under a picture."""
 ACCURACY = "accuracy"
 """Score of an evaluation: the share of answers that are right."""
 
@@ -80,13 +83,22 @@ class TextActor:
     def problems(config: Config) -> Iterator[tuple[Key, str]]:
         """Verifiers, questions, curriculum, hook, tools and the model's folder, before weights are loaded."""
         assert config.generation is not None
+        sound = True
         for key in ("rewards", "eval_rewards"):
             for index, entry in enumerate(getattr(config, key)):
                 try:
                     Verifiers([verifier_entry(entry) | {"weight": 1.0, "only_where": None}]).close()
                 except RewardError as error:
+                    sound = False
                     yield (key, index), str(error)
-        data = config.data
+        hub: Verifiers | None = None
+        if sound:
+            try:
+                hub = Verifiers([verifier_entry(entry) for entry in config.rewards])
+                yield from _headline_problems(config, hub)
+            except RewardError as error:
+                yield ("rewards",), str(error)
+        data, missing = config.data, list[str]()
         try:
             asked = questions(config, data.prompts, "train")
             sampler = PromptSampler(asked, data.prompts_per_iteration, balance=data.balance, together=data.together)
@@ -94,10 +106,15 @@ class TextActor:
             yield ("data", "prompts"), str(error)
         else:
             yield from curriculum_problems(config, sampler, asked)
+            missing = _gaps(hub, asked)
+            yield from ((("data", "prompts"), text) for text in missing)
         try:
-            questions(config, data.eval_prompts or data.prompts, "held_out")
+            held_out = questions(config, data.eval_prompts or data.prompts, "held_out")
         except DataError as error:
             yield ("data", "eval_prompts"), str(error)
+        else:
+            if not missing:
+                yield from ((("data", "eval_prompts"), text) for text in _gaps(hub, held_out))
         try:
             build_tools(config.generation.tools.use if config.generation.tools else ())
         except ToolError as error:
@@ -108,7 +125,10 @@ class TextActor:
         except ValueError as error:
             yield ("data", "on_dead_group"), str(error)
         yield from filter_problems(config)
-        yield from folder_problems(config)
+        try:
+            check_path(config.model.path)
+        except ModelError as error:
+            yield ("model", "path"), str(error)
 
     @staticmethod
     def notes(config: Config) -> Iterator[str]:
@@ -343,7 +363,7 @@ class TextActor:
         chosen = spread(len(found.prompts), self.config.data.evaluation.grid_prompts)
         if chosen:
             pictures = [self.writer.picture(found.prompts[i]) for i in chosen]
-            captions = [f"{found.prompts[i].text} -> {found.texts[i]}" for i in chosen]
+            captions = [f"{found.prompts[i].text} -> {_ending(found.texts[i])}" for i in chosen]
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet_of(pictures, captions, lines=5).save(path, optimize=True)
 
@@ -413,6 +433,22 @@ def described(config: Config, policy: TextPolicy, world: int) -> list[tuple[str,
     ]
 
 
+def _gaps(hub: Verifiers | None, asked: Sequence[Prompt]) -> list[str]:
+    """What is missing in the questions' metadata, before anything is answered."""
+    if hub is None:
+        return []
+    return hub.gaps([Answer("", prompt=question.text, meta=question.metadata) for question in asked])
+
+
+def _headline_problems(config: Config, hub: Verifiers) -> Iterator[tuple[Key, str]]:
+    """A score that no evaluation will have."""
+    asked, watched_only = config.data.evaluation.headline, _held_out(config, hub)
+    known = [ACCURACY, *hub.rules, *(watched_only.rules if watched_only else ())]
+    if asked is not None and asked.partition(".")[0] not in known:
+        text = f"there is no score {asked!r}{nearest(asked, known)}; there are {', '.join(known)}, and parts of them"
+        yield ("data", "evaluation", "headline"), text
+
+
 def questions(config: Config, source: Any, split: str) -> list[Prompt]:
     """The questions of a source as a config asks them."""
     data = config.data
@@ -435,6 +471,11 @@ def answers_of(written: Written, prompts: Sequence[Prompt], group: Tensor) -> li
             strict=True,
         )  # fmt: skip
     ]
+
+
+def _ending(text: str) -> str:
+    """The end of an answer, where its conclusion is."""
+    return text if len(text) <= _CAPTION else f"... {text[-_CAPTION:]}"
 
 
 def verifier_entry(entry: Any) -> dict[str, Any]:

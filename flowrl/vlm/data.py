@@ -168,7 +168,10 @@ def _opened(place: str, image: Any) -> Image:
     try:
         return to_pil(picture(Path(image).read_bytes()))
     except Exception as error:  # PIL raises what it likes about damaged files
-        raise DataError(f"{place}: {image} cannot be read ({error}); replace the file.") from error
+        raise DataError(
+            f"{place}: {image} cannot be read ({error}). Replace the file, or take its line out; a run that it stopped "
+            "goes on with --resume if the file was replaced."
+        ) from error
 
 
 def lettered(options: Sequence[Any] | Mapping[str, Any] | None) -> str:

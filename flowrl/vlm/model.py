@@ -47,8 +47,28 @@ def resolve(path: str | Path) -> str:
     return str(_tiny(name)) if name.startswith(PREFIX) else folder_or_id(name, BUILT_IN, CONFIG, _advice)
 
 
+def check_path(path: str) -> None:
+    """ModelError where a path can be no model; nothing is loaded, downloaded or built."""
+    if path.startswith(PREFIX):
+        _tiny_name(path)
+    else:
+        resolve(path)
+
+
 def _advice(folder: Path) -> str:
     return "Give one that save_pretrained of a vision-language model of transformers wrote, with its processor."
+
+
+def _tiny_name(path: str) -> str:
+    from flowrl.vlm import tiny
+
+    wanted, known = path.removeprefix(PREFIX), tiny.names()
+    if wanted not in known:
+        raise ModelError(
+            f"model {path!r}: there is no such tiny vision-language model{nearest(wanted, known)}. "
+            f"There are: {', '.join(PREFIX + each for each in known)}."
+        )
+    return wanted
 
 
 def _tiny(name: str) -> Path:
@@ -56,12 +76,7 @@ def _tiny(name: str) -> Path:
     from flowrl.tiny import _text
     from flowrl.vlm import tiny
 
-    wanted, known = name.removeprefix(PREFIX), tiny.names()
-    if wanted not in known:
-        raise ModelError(
-            f"model {name!r}: there is no such tiny vision-language model{nearest(wanted, known)}. "
-            f"There are: {', '.join(PREFIX + each for each in known)}."
-        )
+    wanted = _tiny_name(name)
     recipe = b"".join(Path(str(module.__file__)).read_bytes() for module in (tiny, _text))
     digest = hashlib.sha256(version("transformers").encode() + recipe).hexdigest()[:12]
     target = cache_folder() / "tiny_vlm" / f"{wanted}-{digest}"
@@ -140,7 +155,7 @@ class ImageTextModel:
         """
         source, name = resolve(path), str(path)
         kernel = {} if attention == "native" else {"attn_implementation": attention}
-        with _explained(name), quiet():
+        with explained(name), quiet():
             import transformers
 
             auto: Any = transformers  # most of its functions have no types
@@ -237,7 +252,7 @@ class ImageTextModel:
         for text in _texts(messages):
             self._refuse_control(text)
         talk = [dict(message) for message in messages]  # transformers writes into them
-        with _explained(self.path):
+        with explained(self.path):
             processed = self.processor.apply_chat_template(
                 talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
                 **self._video_options(messages),
@@ -269,7 +284,7 @@ class ImageTextModel:
         filled = template.replace("{images}", self.picture * len(pictures)).replace("{text}", self.harmless(text))
         if not pictures:
             return Inputs(ids=torch.tensor(self.encode(filled), dtype=torch.int64))
-        with _explained(self.path):
+        with explained(self.path):
             return split(
                 self.processor(text=[filled], images=[list(pictures)], add_special_tokens=False, return_tensors="pt")
             )
@@ -524,7 +539,7 @@ def _check_processor(processor: Any, name: str) -> None:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
     """Turns what transformers says of files and inputs that do not fit into what, why and how to go on."""
     try:
         yield

@@ -20,6 +20,7 @@ An answer gets its total from all the verifiers that it is routed to, or has no 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -38,6 +39,9 @@ from rewards.verifiers.types import Answer, TextReward
 
 KEYS = ("use", "name", "weight", "norm", "gate", "min_std", "when", "only_where", "on_error")
 """Keys of an entry; every other one is an option of the verifier."""
+_ROUNDING = 1e-5
+_SHOWN = 60
+"""Characters of a question that a message quotes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -79,6 +83,7 @@ class Verifiers:
         """
         self._renormalise = renormalise
         self._entries = _read_all(entries)
+        self._warned: set[tuple[str, str]] = set()
         self._watches = {
             name: NanWatch(name=name, max_nan_frac=max_nan_frac)
             for name, entry in self._entries.items()
@@ -96,10 +101,7 @@ class Verifiers:
         RewardContractError if no weighted verifier is for an answer: its source would be trained on nothing.
         """
         batch = _checked(answers)
-        asked = {
-            name: torch.tensor([entry.is_for(answer) for answer in batch], dtype=torch.bool)
-            for name, entry in self._entries.items()
-        }
+        asked = self._asked(batch)
         self._check_routes(batch, asked)
         done = {name: self._ask(name, batch, asked[name], progress) for name in self._entries}
         scores = {name: sheet.value for name, (sheet, _) in done.items()}
@@ -111,6 +113,29 @@ class Verifiers:
             seconds={name: seconds for name, (_, seconds) in done.items()},
             asked=asked,
         )
+
+    def gaps(self, questions: Sequence[Answer]) -> list[str]:
+        """What is missing in the metadata of the questions, known before anything is answered; [] = nothing.
+
+        A question that no weighted verifier is for; and what a verifier reads, where none of its questions has it.
+        """
+        asked = self._asked(questions)
+        known = dict.fromkeys(key for question in questions for key in question.meta)
+        lacking: dict[str, list[str]] = {}
+        for name, entry in self._entries.items():
+            its_own = [question for question, here in zip(questions, asked[name].tolist(), strict=True) if here]
+            for key, of in (*((key, questions) for key in entry.when), *((key, its_own) for key in entry.reward.needs)):
+                if of and all(question.meta.get(key) is None for question in of):
+                    lacking.setdefault(key, []).append(repr(name))
+        told = [
+            f"no question has {key!r}{nearest(key, known)}, which is read by {', '.join(names)}"
+            for key, names in lacking.items()
+        ]
+        try:
+            self._check_routes(questions, asked)
+        except RewardContractError as error:
+            told.append(str(error))
+        return told
 
     def combine(self, scores: Mapping[str, Tensor], asked: Mapping[str, Tensor], group: Tensor) -> Tensor:
         """Total [N] of raw scores and of who was asked, for callers that gather them from several processes first.
@@ -158,7 +183,7 @@ class Verifiers:
         if rows:
             scores = as_scores(entry.reward.score([batch[row] for row in rows], progress), len(rows), name)
             sheet.put(rows, scores)
-            _settle(name, entry, scores)
+            self._settle(name, entry, scores)
         sheet.fail(sheet.value.isnan().logical_and(asked).nonzero().flatten().tolist(), "the verifier said None or NaN")
         if name in self._watches:
             errors = [
@@ -176,23 +201,52 @@ class Verifiers:
             score = torch.where(asked[other] & scores[other].isnan(), scores[other], score)
         return score
 
-    def _check_routes(self, batch: list[Answer], asked: Mapping[str, Tensor]) -> None:
+    def _asked(self, batch: Sequence[Answer]) -> dict[str, Tensor]:
+        """{verifier: bool [N]}: which answers it is for."""
+        return {
+            name: torch.tensor([entry.is_for(answer) for answer in batch], dtype=torch.bool)
+            for name, entry in self._entries.items()
+        }
+
+    def _check_routes(self, batch: Sequence[Answer], asked: Mapping[str, Tensor]) -> None:
         counted = [asked[name] for name, entry in self._entries.items() if entry.rule.counts]
         for row in (~torch.stack(counted).any(0)).nonzero().flatten().tolist():
             keys = {key: batch[row].meta.get(key) for entry in self._entries.values() for key in entry.when}
             raise RewardContractError(
-                f"no weighted verifier is for answer {row}, whose metadata have {keys}. "
+                f"no weighted verifier is for number {row}, {_short(batch[row].prompt)}, whose metadata have {keys}. "
                 "Mend: name these values in the `when` of an entry, or add an entry without `when`."
             )
 
+    def _settle(self, name: str, entry: _Entry, scores: Scores) -> None:
+        """Raise, or warn once, where a verifier broke; and where its scores are not in the range that it declares."""
+        failed = [told for told in scores.info if told.get("failed")]
+        if failed:
+            told = (
+                f"verifier {name!r} fails on {len(failed)} of {len(scores.info)} answers, first with "
+                f"{failed[0].get('error', 'no reason')}."
+            )
+            if entry.raises:
+                raise RewardError(f"{told} `on_error: nan` leaves such answers out of training instead.")
+            self._warn_once(
+                name, "failed", f"{told} They have no verdict, and are not trained on; `on_error: raise` would stop."
+            )
+        if entry.reward.range is not None:
+            low, high = entry.reward.range
+            out = scores.value[(scores.value < low - _ROUNDING) | (scores.value > high + _ROUNDING)]
+            if len(out):
+                self._warn_once(
+                    name, "range",
+                    f"verifier {name!r} gives {out[0]:g}, but declares a range of {low:g} to {high:g}; mend either.",
+                )  # fmt: skip
 
-def _settle(name: str, entry: _Entry, scores: Scores) -> None:
-    failed = [told for told in scores.info if told.get("failed")]
-    if entry.raises and failed:
-        raise RewardError(
-            f"verifier {name!r} fails on {len(failed)} of {len(scores.info)} answers, first with "
-            f"{failed[0].get('error', 'no reason')}. `on_error: nan` leaves such answers out of training instead."
-        )
+    def _warn_once(self, name: str, kind: str, message: str) -> None:
+        if (name, kind) not in self._warned:
+            self._warned.add((name, kind))
+            warnings.warn(message, stacklevel=2)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
 def _checked(answers: Sequence[Answer]) -> list[Answer]:

@@ -13,9 +13,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -119,6 +121,7 @@ class _Function:
         named = {key: p for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         free = {key: p for key, p in named.items() if key not in fixed}
         check_options(self._name, options, list(free))
+        self._options = _typed(self._name, function, self._options)
         self.needs = tuple(key for key, p in free.items() if p.default is p.empty and key not in options)
         self._wants = [key for key in getattr(function, "wants", ()) if key not in options]
         self._rest = set(named) if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else None
@@ -157,7 +160,30 @@ def _failed(error: Exception) -> Scores:
     """No verdict on one answer, and why; `failed` where the verifier broke, for `on_error: raise`."""
     if isinstance(error, NoVerdict):
         return Scores(value=no_verdict(1), info=[{"error": str(error)}])
-    return Scores(value=no_verdict(1), info=[{"error": f"{type(error).__name__}: {error}", "failed": True}])
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    told = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+    return Scores(value=no_verdict(1), info=[{"error": told, "failed": True}])
+
+
+def _typed(name: str, function: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as their annotations read them, so that `tolerance: 1e-3`, a text in YAML, is a number."""
+    try:
+        hints = get_type_hints(function)
+    except (NameError, TypeError):  # names that only a type checker sees: nothing to compare with
+        hints = {}
+    return {key: _read(name, key, value, hints[key]) if key in hints else value for key, value in options.items()}
+
+
+def _read(name: str, key: str, value: Any, hint: Any) -> Any:
+    from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except PydanticSchemaGenerationError:  # a class of its own
+        return value
+    except ValidationError as error:
+        wanted = "; ".join(dict.fromkeys(each["msg"] for each in error.errors()))
+        raise RewardError(f"verifier {name!r}: {key} is {value!r}: {wanted}.") from error
 
 
 def _modules() -> list[str]:

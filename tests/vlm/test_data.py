@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import time
 
 import numpy as np
@@ -401,3 +402,30 @@ def test_the_built_in_world_asks_questions(tmp_path):
     assert again[0].metadata["difficulty"] == 0.5
     assert [p.text for p in again] == [p.text for p in made]
     assert (np.array(pictures(again[7])[0]) == np.array(pictures(made[7])[0])).all()
+
+
+# ------------------------------------------------------------------------------------------------ a config's questions
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("data.evaluation.headline=acuracy", r"no score 'acuracy' \(did you mean 'accuracy'\?\)"),
+        ("model.path=tiny/qwen9", "no such tiny vision-language model"),
+        ("model.path=shapes", "built-in models: shapes_vlm"),
+        (
+            "data.fields={anwser: answer}",
+            r"no question has 'answer' \(did you mean 'anwser'\?\), which is read by 'count'",
+        ),
+        ("rewards=[{use: verifiers.exact, name: a, only_where: {b: 1}}]", "only_where names 'b'"),
+        ("rewards=[{use: verifiers.exact, when: {data_source: color}}]", "is for number 0, 'how many"),
+        ("rewards=[{use: verifiers.boxes.grounding, mode: hitt}]", "mode is 'hitt'"),
+        ("generation.temperature=0", "evaluation_temperature may be 0"),
+    ],
+)
+def test_what_a_run_could_not_use_is_known_before_weights_are_read(change, told):
+    from flowrl.config import check
+
+    (problem, *more) = check("configs/vlm/quickstart.yaml", [change])
+    assert re.search(told, problem) and not more
+    assert check("configs/vlm/quickstart.yaml", ["data.evaluation.headline=box.iou"]) == []

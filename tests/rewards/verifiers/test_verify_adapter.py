@@ -1,6 +1,7 @@
 """Verifiers as one reward: names, signatures, routing, weights, gates, and what happens when one fails."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from rewards import RewardContractError, RewardError
 from rewards.resolve import offered
 from rewards.verifiers import Answer, NoVerdict, Verdict, Verifiers, available, build, resolve, verifier
 from rewards.verifiers.math import Math
-from rewards.verifiers.statistics import reflects, statistics
 from rewards.verifiers.yes_no import yes_no
 
 
@@ -137,13 +137,62 @@ def test_none_and_exceptions_are_no_verdict():
             raise NoVerdict("who knows")
         return None if response == "none" else math.nan if response == "nan" else 1.0
 
-    result = Verifiers([moody], max_nan_frac=None)(answers("fine", "raise", "unsure", "none", "nan"))
+    grade = Verifiers([moody], max_nan_frac=None)
+    with pytest.warns(UserWarning, match=r"'moody' fails on 1 of 5 answers, first with KeyError: 'x' \(test_verify"):
+        result = grade(answers("fine", "raise", "unsure", "none", "nan"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        grade(answers("raise"))
     assert result.total[0] == 1 and result.total[1:].isnan().all()
     told = [info["moody"].get("error") for info in result.info]
-    assert told == [None, "KeyError: 'x'", "who knows", *["the reward returned NaN, None or an infinity"] * 2]
+    assert told[1].startswith("KeyError: 'x' (test_verify_adapter.py:")
+    assert told[:1] + told[2:] == [None, "who knows", *["the reward returned NaN, None or an infinity"] * 2]
     assert result.nan_frac == {"moody": pytest.approx(0.8)}
     with pytest.raises(RewardError, match="fails on 1 of 2 answers, first with KeyError"):
         Verifiers([{"use": moody, "on_error": "raise"}])(answers("fine", "raise"))
+
+
+def test_a_score_outside_of_the_declared_range_is_told_once():
+    @verifier(range=(0, 1))
+    def wide(response):
+        return 7.0 if response == "far" else 1.0
+
+    grade = Verifiers([wide])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grade(answers("near"))
+    with pytest.warns(UserWarning, match="'wide' gives 7, but declares a range of 0 to 1"):
+        assert grade(answers("near", "far")).total.tolist() == [1, 7]
+
+
+def test_options_are_of_the_kind_that_is_annotated():
+    lax = build("verifiers.numeric.within", {"tolerance": "1e-3"})  # what YAML makes of 1e-3
+    assert lax.score([Answer("1.0005", meta={"answer": 1}), Answer("1.01", meta={"answer": 1})]).value.tolist() == [
+        1,
+        0,
+    ]
+    for name, options, told in (
+        ("numeric.within", {"tolerance": "lots"}, "tolerance is 'lots': Input should be a valid number"),
+        ("numeric.within", {"strict": "maybe"}, "strict is 'maybe': Input should be a valid boolean"),
+        ("boxes.grounding", {"mode": "hitt"}, "mode is 'hitt': Input should be 'iou', 'hit' or 'above'"),
+    ):
+        with pytest.raises(RewardError, match=told):
+            build(f"verifiers.{name}", options)
+
+
+def test_what_questions_lack_is_known_before_they_are_answered():
+    grade = Verifiers([{"use": has, "when": {"source": "a"}}])
+
+    def of(*metas):
+        return grade.gaps([Answer("", prompt=f"question {n}", meta=meta) for n, meta in enumerate(metas)])
+
+    assert of({"source": "a", "answer": "x"}, {"source": "a"}) == []
+    (told,) = of({"source": "a", "anwser": "x"})
+    assert told == "no question has 'answer' (did you mean 'anwser'?), which is read by 'has'"
+    (told,) = of({"source": "a", "answer": "x"}, {"source": "b", "answer": "x"})
+    assert "no weighted verifier is for number 1, 'question 1', whose metadata have {'source': 'b'}" in told
+    told = of({"sorce": "a", "answer": "x"})
+    assert "no question has 'source' (did you mean 'sorce'?)" in told[0] and len(told) == 2
 
 
 def test_missing_metadata_is_no_verdict():
@@ -251,7 +300,7 @@ def test_a_failed_verifier_only_costs_those_it_is_for():
 
 def test_a_source_nobody_judges_is_a_mistake():
     judge = Verifiers([{"use": has, "when": {"source": "a"}}, {"use": len_, "weight": 0}])
-    with pytest.raises(RewardContractError, match=r"no weighted verifier is for answer 1.*\{'source': 'b'\}"):
+    with pytest.raises(RewardContractError, match=r"no weighted verifier is for number 1.*\{'source': 'b'\}"):
         judge([sourced("a"), sourced("b")])
 
 
@@ -329,36 +378,3 @@ def test_combine_alone_gives_the_same_total():
     result = judge([sourced("a", "yes", 0), sourced("b", "no", 1), sourced("a", "n", 0), sourced("b", "yes", 1)])
     again = judge.combine(result.scores, result.asked, torch.tensor([0, 1, 0, 1]))
     assert torch.equal(result.total, again)
-
-
-# ------------------------------------------------------------------------------------------------ statistics
-
-
-def test_reflection_is_of_whole_words():
-    assert reflects("Wait, let me check again.") and reflects("I re-think it")
-    assert not reflects("a yeti and a waiter verifying") and not reflects("")
-
-
-def test_statistics_by_hand():
-    given = [
-        Answer("wait", meta={"source": "a"}, tokens=10),
-        Answer("no", meta={"source": "a"}, tokens=20, truncated=True),
-        Answer("wait", meta={"source": "b"}, tokens=30),
-        Answer("no", meta={"source": "b"}, tokens=40),
-    ]
-    figures = statistics(given, torch.tensor([1.0, 0.0, 1.0, math.nan]))
-    assert figures == {
-        "score/a": 0.5, "score/b": 1.0,
-        "tokens/all": 25.0, "tokens/right": 20.0, "tokens/wrong": 20.0,
-        "truncated/all": 0.25, "truncated/right": 0.0, "truncated/wrong": 1.0,
-        "reflection/all": 0.5, "reflection/right": 1.0, "reflection/wrong": 0.0,
-        "right/reflective": 1.0, "right/unreflective": 0.0,
-    }  # fmt: skip
-
-
-def test_empty_parts_are_left_out():
-    figures = statistics([Answer("x")], torch.tensor([1.0]))
-    assert figures == {
-        "truncated/all": 0, "truncated/right": 0, "reflection/all": 0, "reflection/right": 0, "right/unreflective": 1,
-    }  # fmt: skip
-    assert statistics([], torch.zeros(0)) == {}

@@ -16,6 +16,7 @@ from rewards.verifiers.length import overlong, truncated
 from rewards.verifiers.ocr import anls, cer, levenshtein, wer
 from rewards.verifiers.repetition import boxes as repeated_boxes
 from rewards.verifiers.repetition import ngrams
+from rewards.verifiers.tool_call import tool_call
 
 # ------------------------------------------------------------------------------------------------ OCR
 
@@ -63,6 +64,8 @@ def test_wer():
         ("hallo", "hello", 0.8),
         ("hxxxx", "hello", 0),
         ("ab", "abcd", 0),  # NL = 1/2 is not below 1/2
+        ("abxx", "abcd", 0),  # nor is it where the lengths do not tell
+        ("abcdef", "abcdefghij", 0.6),
         ("abc", "abcd", 0.75),
         ("abcd", ["zzzz", "abcx"], 0.75),
         ("", "", 1),
@@ -196,6 +199,12 @@ def test_mixed():
     assert mixed("这是一只猫 that sits", limit=0.4).value == 0
 
 
+@pytest.mark.parametrize("text", ["只有猫 animals", "只有猫在桌子上 cat"])
+def test_as_much_as_the_limit_is_not_mixed(text):
+    """3 letters of 10, of the one script or of the other: 1 - 0.7 is more than 0.3 by rounding."""
+    assert mixed(text, limit=0.3).value == 0 and mixed(text, limit=0.29).value == -1
+
+
 def test_the_language_of_the_question():
     assert other_than_asked("a cat", "这是什么？").value == -1
     assert other_than_asked("一只猫", "这是什么？").value == 0
@@ -225,3 +234,38 @@ def test_complete_means_in_order():
 def test_steps_without_text(steps):
     with pytest.raises(NoVerdict, match="key_steps is"):
         matched("x", steps)
+
+
+# ------------------------------------------------------------------------------------------------ tools
+
+ZOOM = '<tool_call> {"name": "zoom", "arguments": {"bbox_2d": [0, 0, 8, 8]}} </tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("response", "called"),
+    [
+        (f"{ZOOM} <answer> 7 </answer>", True),
+        ("a </tool_call> " + ZOOM, True),
+        ('<tool_call>{"name": "zoom"}</tool_call>', True),
+        (ZOOM.removesuffix("</tool_call>"), False),
+        ("<tool_call> zoom </tool_call>", False),
+        ('<tool_call> ["name"] </tool_call>', False),
+        ('<tool_call> {"name": 3} </tool_call>', False),
+        ('<tool_call> {"name": "zoom", "arguments": [1]} </tool_call>', False),
+        ('zoom {"name": "zoom"}', False),
+    ],
+)
+def test_a_call_is_json_that_names_a_tool(response, called):
+    assert tool_call(response) == tool_call(response, tool="zoom") == called
+    assert tool_call(response, tool="calculator") == 0
+
+
+def test_a_tool_counts_for_right_answers_alone():
+    grade = Verifiers(
+        [
+            {"use": "verifiers.numeric.within", "name": "right"},
+            {"use": "verifiers.tool_call", "weight": 0.2, "only_where": {"right": 1}},
+        ]
+    )
+    said = [f"{call} <answer> {digit} </answer>" for call in (ZOOM, "") for digit in (7, 3)]
+    assert grade([Answer(text, meta={"answer": 7}) for text in said]).total.tolist() == pytest.approx([1.2, 0, 1, 0])

@@ -27,6 +27,7 @@ from torch import Tensor
 from flowrl.algorithms.advantages import group_advantages
 from flowrl.resolve import ResolveError, nearest, resolve
 from flowrl.types import AnyBatch, TokenBatch
+from flowrl.user_code import told
 from samplers import best_and_worst, stable_seed
 
 Facts = Mapping[str, Tensor]
@@ -289,15 +290,19 @@ def _step(place: str, entry: Mapping[str, Any]) -> Callable[..., Tensor]:
             answer = function(**{name: known[name] for name in given}, **options)
         except FilterError as error:
             raise FilterError(f"{place}: {error}") from error
+        except Exception as error:
+            raise FilterError(f"{place} raises {told(error)}. {_mend(options)}") from error
         _check_answer(place, answer, group)
         return answer
 
     example = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
-    try:
-        step(example, torch.tensor([0, 0, 1, 1]), defaultdict(lambda: torch.ones(4, dtype=torch.float64)), 0)
-    except TypeError as error:
-        raise FilterError(f"{place}: an option is of the wrong kind: {error}.") from error
+    step(example, torch.tensor([0, 0, 1, 1]), defaultdict(lambda: torch.ones(4, dtype=torch.float64)), 0)
     return step
+
+
+def _mend(options: Mapping[str, Any]) -> str:
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return f"Mend the function, or what its options are set to: {given}." if options else "Mend the function."
 
 
 def _function(place: str, name: str) -> Callable[..., Tensor]:

@@ -131,9 +131,9 @@ class Trainer:
         self.sampler = PromptSampler(
             actor.prompts, data.prompts_per_iteration, config.seed, data.balance, data.together
         )
-        self.history = PromptHistory(data.history, len(actor.prompts), data.passing)
+        self.history = PromptHistory(data.history, len(actor.prompts), data.bar)
         self.curriculum = curriculum(data.curriculum) if data.curriculum else None
-        self.filters = build([entry.entry() for entry in data.filters], data.passing) if data.filters else None
+        self.filters = build([entry.entry() for entry in data.filters], data.bar) if data.filters else None
         self.replay = ReplayBuffer(data.replay.size, data.replay.max_age, answers) if data.replay else None
         self._prompts_of(0, 0)  # refuses a curriculum's weights before anything is loaded
         self.identity = identity(config) | {
@@ -341,7 +341,7 @@ class Trainer:
     def _revived(self, last: Try, iteration: int) -> list[Prompt]:
         """Prompts of the last try whose samples were all wrong, made easier."""
         rows = last.table.view(len(last.prompts), -1)
-        wrong = (~(rows >= self.config.data.passing)).all(1) & rows.isfinite().any(1)
+        wrong = (~(rows >= self.config.data.bar)).all(1) & rows.isfinite().any(1)
         dead = [prompt for prompt, is_it in zip(last.prompts, wrong.tolist(), strict=True) if is_it]
         return self.actor.revive(last.batch, dead, iteration)
 

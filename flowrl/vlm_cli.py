@@ -32,9 +32,13 @@ def ask(
 
     said = answer(
         model, question, pictures or [], weights=from_, tools=tool or [], max_new_tokens=max_new_tokens,
-        temperature=temperature, seed=seed,
+        temperature=temperature, seed=seed, warn=_warn,
     )  # fmt: skip
     console.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+def _warn(text: str) -> None:
+    Console(stderr=True).print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 @vlm_app.command()
@@ -49,6 +53,7 @@ def grade(
     from flowrl.config import ConfigError, check, load_config
     from flowrl.vlm.commands import grade_questions
 
-    if problems := check(config, overrides or []):
+    changes = [*(overrides or []), "optimizer.warmup=0"]  # nothing is trained: no iterations are too few for it
+    if problems := check(config, changes):
         raise ConfigError(problems)
-    grade_questions(load_config(config, overrides or []), output, answers=answers, weights=from_, console=console)
+    grade_questions(load_config(config, changes), output, answers=answers, weights=from_, console=console)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import stat
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -101,6 +102,15 @@ def write(learnt: Learnt, folder: Path, form: Format = "diffusers") -> None:
     # A model that no pipeline of diffusers can walk says itself how it is used.
     readme = getattr(learnt.model, "readme", None)
     (folder / "README.md").write_text(told if readme is None else readme(folder.name, learnt.lora))
+    share(folder)
+
+
+def share(folder: Path) -> None:
+    """Gives an export's weights the permissions of `inference.json`: safetensors' files are for their owner alone."""
+    mode = stat.S_IMODE((folder / INFERENCE).stat().st_mode)
+    for pattern in ("*.safetensors", "*/*.safetensors"):
+        for file in folder.glob(pattern):
+            file.chmod(mode)
 
 
 def _save_noise(example: Example, folder: Path) -> None:
@@ -424,7 +434,7 @@ def read_lora(model: Any, parts: Mapping[str, Any], folder: Path, alpha: float) 
         with safe_open(str(folder / file.name), framework="pt") as stored:
             metadata = json.loads((stored.metadata() or {}).get(_METADATA, "{}"))
             for key in stored.keys():
-                found[place + _with_adapter(key.removeprefix(prefix))] = stored.get_tensor(key)
+                found[place + with_adapter(key.removeprefix(prefix))] = stored.get_tensor(key)
         own = metadata.get(f"{prefix}lora_alpha")
         if own is not None and own != alpha:
             raise ModelError(
@@ -433,7 +443,7 @@ def read_lora(model: Any, parts: Mapping[str, Any], folder: Path, alpha: float) 
     return found
 
 
-def _with_adapter(name: str) -> str:
+def with_adapter(name: str) -> str:
     """`a.lora_A.weight`, as it is stored, to `a.lora_A.default.weight`, as the parameter is called."""
     stem, _, last = name.rpartition(".")
     return f"{stem}.{ADAPTER}.{last}"

@@ -1,6 +1,7 @@
 """Exports of whole runs, of pictures and of videos: code in their READMEs draws what `flowrl sample` draws."""
 
 import json
+import os
 import shutil
 from typing import get_args, get_type_hints
 
@@ -129,6 +130,19 @@ def test_a_merged_run_is_a_model_of_its_own(trained, drawn, tmp_path):
         assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".json", ".md", ".safetensors", ".txt"}
         for path in folder.rglob("*.json"):
             assert "name_or_path" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_all_files_of_an_export_have_the_permissions_that_umask_gives(trained, tmp_path, form):
+    """safetensors writes for the owner alone, which a merged pipeline's loader on another account runs into."""
+    before = os.umask(0o027)
+    try:
+        folder = standalone.export_run(trained("image", "lora"), tmp_path / "out", averaged=True, form=form)
+    finally:
+        os.umask(before)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 def test_merging_leaves_the_policy_as_it_was(tmp_path):

@@ -369,7 +369,8 @@ def test_one_rule_for_equal_rewards():
         ({"use": "informative", "low": 0.1}, "there is no option 'low'; it has none"),
         ({"use": "best_worst", "best": 1}, "(best_worst): worst must be set; put it beside `use`, as in worst: 1"),
         ({"use": "band", "low": 0.9, "high": 0.1}, "low=0.9, high=0.1: low is less than high"),
-        ({"use": "band", "low": "much"}, "(band): an option is of the wrong kind"),
+        ({"use": "band", "low": "much"}, "(band) raises TypeError: '<' not supported"),
+        ({"use": "band", "low": "much"}, "Mend the function, or what its options are set to: low='much'."),
         ({"use": "top_std", "share": 1.5}, "share=1.5: a share is in (0, 1]"),
         ({"use": "std_band", "low": -1}, "low is at least 0"),
         ({"use": "largest_advantage", "prune": 1}, "prune=1: the share that goes is in [0, 1)"),
@@ -407,6 +408,8 @@ def test_a_filter_in_a_file_of_ones_own(tmp_path, monkeypatch):
         "def negative(rewards, group): return -torch.ones(len(group), dtype=torch.long)\n"
         "def short(rewards, group): return rewards[:1] > 0\n"
         "def few(rewards): return rewards > 0\n"
+        "def fails(rewards, group): return {}['unknown']\n"
+        "def later(rewards, group): return rewards > 1 / (6 - len(group))\n"
     )
     monkeypatch.chdir(tmp_path)
     rewards, group = table({0: [0.2, 0.6], 1: [0.9, 0.4]})
@@ -424,6 +427,14 @@ def test_a_filter_in_a_file_of_ones_own(tmp_path, monkeypatch):
         assert f"(./mine.py:{name}) returned {told}; return bools, or counts" in str(caught.value)
     with pytest.raises(FilterError, match="expected a function"):
         build([{"use": "./mine.py:few"}])
+    with pytest.raises(FilterError) as caught:
+        build([{"use": "informative"}, {"use": "./mine.py:fails"}])
+    line = f"({tmp_path / 'mine.py'}:10). Mend the function."
+    assert str(caught.value) == f"data.filters[1] (./mine.py:fails) raises KeyError: 'unknown' {line}"
+    assert isinstance(caught.value.__cause__, KeyError)
+    later = build([{"use": "./mine.py:later"}])  # only where there are more samples than in the example
+    with pytest.raises(FilterError, match=r"data.filters\[0\] \(./mine.py:later\) raises ZeroDivisionError: "):
+        later.keep(*table({0: [0, 1], 1: [1, 0], 2: [0, 0]}))
     with pytest.raises(FilterError, match=r"no 'abov' \(did you mean 'above'\?\)"):
         build([{"use": "./mine.py:abov"}])
 

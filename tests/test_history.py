@@ -178,6 +178,7 @@ def test_nothing_is_known_before_the_first_verdict():
         ([(1, 1), (1, 0), (1, 1)], 1),
         ([(1, 1), (1,), (math.nan, 0), (1, 1)], 2),  # one verdict tells nothing
         ([(0.1, 0.1), (0.2, 0.2)], -2),
+        ([(0.5, 0.5)], 1),  # the least that passes
         ([(0.3, 0.3 + 1e-8)], -1),
         ([(0.3, 0.3 + 1e-4)], 0),
     ],

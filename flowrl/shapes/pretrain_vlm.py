@@ -124,7 +124,11 @@ _TALK = ("count", "count", "color", "color", "yes_no", "relation", "relation", "
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All numbers of a training run. The defaults made the weights that flowrl ships."""
+    """All numbers of a training run.
+
+    Note: the weights that flowrl ships were made in several goes (weights_vlm/README.md); the defaults give a model
+    much like it, but not the same.
+    """
 
     seed: int = 0
     eyes_steps: int = 400

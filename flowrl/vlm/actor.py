@@ -238,7 +238,7 @@ class TextActor:
     def _are_wrong(self, written: Written, prompts: Sequence[Prompt], progress: float) -> list[bool]:
         """Which answers get less than `data.passing`; not those without a verdict."""
         found = self.hub(answers_of(written, prompts, written.tokens.prompt), progress)
-        return (found.total < self.config.data.passing).tolist()
+        return (found.total < self.config.data.bar).tolist()
 
     def _continued(
         self, written: Written, prompts: Sequence[Prompt], slots: Sequence[int], iteration: int, progress: float

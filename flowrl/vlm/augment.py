@@ -19,12 +19,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from flowrl.resolve import ResolveError, nearest, resolve
+from flowrl.user_code import misfit, told
 from samplers import stable_seed
 
 if TYPE_CHECKING:
@@ -145,14 +147,13 @@ def _random(*key: int) -> np.random.Generator:
 Hook = Callable[["Prompt"], "Prompt | None"]
 """hook(prompt of a dead group) -> the prompt of its next try, or None."""
 
+
+class HookError(ValueError):
+    """A help for dead groups of one's own fails; the message names it, what it did, and how to mend it."""
+
+
 SHARES = (0.25, 0.5, 0.75)
 """Shares of the solution that are given away, try after try (GHPO)."""
-
-
-def is_dead(rewards: Sequence[float], threshold: float = 0.5) -> bool:
-    """Whether a group has a verdict and none of its rewards reaches the threshold; NaN = no verdict."""
-    known = [reward for reward in rewards if not math.isnan(reward)]
-    return bool(known) and max(known) < threshold
 
 
 def hint(prompt: Prompt) -> Prompt | None:
@@ -225,7 +226,11 @@ def _solution(prompt: Prompt) -> str:
 
 
 def hook(name: str) -> Hook:
-    """What `data.on_dead_group` names: hint, inpaint, correct, package.module:attribute, or ./file.py:attribute."""
+    """What `data.on_dead_group` names: hint, inpaint, correct, package.module:attribute, or ./file.py:attribute.
+
+    ResolveError where there is no such function. One of one's own raises HookError where it fails or answers with
+    something else than a prompt or None.
+    """
     built_in: dict[str, Hook] = {"hint": hint, "inpaint": inpaint, "correct": correct}
     if name in built_in:
         return built_in[name]
@@ -237,4 +242,22 @@ def hook(name: str) -> Hook:
     found: Any = resolve(name, "flowrl.vlm")
     if not callable(found):
         raise ResolveError(f"data.on_dead_group: {name!r} is a {type(found).__name__}; give a function of a prompt.")
-    return found
+    if why := misfit(found, None):
+        raise ResolveError(f"data.on_dead_group: {name!r} {why}. Give a function of the prompt alone.")
+    return partial(_checked, name, found)
+
+
+def _checked(name: str, own: Callable[[Prompt], Any], prompt: Prompt) -> Prompt | None:
+    """What a hook of one's own answers; HookError where that is neither a prompt nor None."""
+    from flowrl.types import Prompt
+
+    mend = "Let it return the prompt of the next try (dataclasses.replace(prompt, text=...)), or None to give up."
+    try:
+        answer = own(prompt)
+    except Exception as error:
+        raise HookError(
+            f"data.on_dead_group: {name} raises {told(error)} for the question {prompt.text[:60]!r}. {mend}"
+        ) from error
+    if answer is not None and not isinstance(answer, Prompt):
+        raise HookError(f"data.on_dead_group: {name} returned {type(answer).__name__} {str(answer)[:60]!r}. {mend}")
+    return answer

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,12 @@ from flowrl.data import DataError
 from flowrl.engine import default_device
 from flowrl.log import plain
 from flowrl.make_pairs import digest
+from flowrl.models.pipeline import ModelError
 from flowrl.standalone import RunError, actor_of, run_config, weights_of
 from flowrl.vlm.actor import EVALUATION, SOURCE, TextActor, answers_of, finished_of
-from flowrl.vlm.data import load_questions
+from flowrl.vlm.data import MARK, load_questions
 from flowrl.vlm.grading import Grade, grade, write_graded
+from flowrl.vlm.model import ImageTextModel, resolve
 from flowrl.vlm.rollout import Writer
 from flowrl.weights import exported_weights
 
@@ -36,6 +40,8 @@ _BAR = 40
 """Characters of the longest bar of a histogram."""
 _LINES = 20
 """Lines that tell how far it is."""
+_FEW_WORDS = 200
+"""Words of a vocabulary that is listed whole."""
 
 
 # ------------------------------------------------------------------------------------------------ asking
@@ -44,15 +50,23 @@ _LINES = 20
 def ask(
     model: str, question: str, pictures: Sequence[Path], *, weights: Path | None = None, tools: Sequence[str] = (),
     max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> str:  # fmt: skip
     """One answer, what tools said included; temperature 0 takes the likeliest token each time.
 
     `weights` are a run's: it is asked as that run asks, with its system message, template, tools and forced answers.
-    RunError where the run's model draws.
+    RunError where the run's model draws, or is another one than `model`. `warn` is told of words of the question that
+    the model does not know.
     """
     config = None if weights is None else run_config(weights_of(weights).parent)
     if config is not None and config.generation is None:
         raise RunError(f"{weights} trained a model that draws: flowrl sample --from {weights} 'a red circle'.")
+    if config is not None and not _same_model(model, config.model.path):
+        again = ["flowrl", "vlm", "ask", config.model.path, question, *map(str, pictures), "--from", str(weights)]
+        raise RunError(
+            f"{weights} was trained on {config.model.path!r}, and its weights fit no other model than that, but "
+            f"{model!r} is named. Name the run's: {shlex.join(again)}"
+        )
     section = ModelConfig(path=model) if config is None else config.model.model_copy(update={"path": model})
     settings = (None if config is None else config.generation) or GenerationConfig()
     changes: dict[str, Any] = {"tools": ToolsConfig(use=tuple(tools))} if tools else {}
@@ -62,11 +76,39 @@ def ask(
     row = {"prompt": question, "images": [str(picture) for picture in pictures]}
     (prompt,) = load_questions([row], template=template, system=system)
     policy = finished_of(section, settings, default_device(), weights and weights_of(weights))
+    if text := unknown_words(policy.model, question, model):
+        warn(text)
     written = Writer(policy, settings)(
         [prompt], [0], members=1, seed=seed, iteration=EVALUATION, temperature=temperature
     )
     tokens = written.tokens
     return policy.text(tokens.ids[0][tokens.present[0]])
+
+
+def _same_model(named: str, trained: str) -> bool:
+    """Whether two paths stand for one model; a run's whose folder is gone may have moved to the one that is named."""
+    try:
+        folder = resolve(trained)
+    except ModelError:
+        return True
+    return Path(resolve(named)).resolve() == Path(folder).resolve()
+
+
+def unknown_words(model: ImageTextModel, question: str, name: str) -> str | None:
+    """A warning of the words that a tokenizer reads as its one token for what it does not know; None without any."""
+    tokenizer = model.tokenizer
+    asked = dict.fromkeys(question.replace(MARK, " ").split())
+    unknown = [] if tokenizer.unk_token_id is None else [w for w in asked if tokenizer.unk_token_id in model.encode(w)]
+    if not unknown:
+        return None
+    by_number = sorted((number, word) for word, number in tokenizer.get_vocab().items())
+    words = [word for _, word in by_number if model.harmless(word)]  # not those that are control tokens
+    listed = f": {' '.join(words)}" if len(words) <= _FEW_WORDS else ""
+    return (
+        f"{name} does not know {', '.join(map(repr, unknown))}, and reads each as {tokenizer.unk_token}. Write it in "
+        "words that it knows, perhaps in small letters or with spaces around signs. It knows "
+        f"{len(words)} words{listed}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ grading
@@ -108,7 +150,7 @@ def grade_questions(
         actor.close()
     rewards = torch.tensor([value for row in journal.rewards.values() for value in row], dtype=torch.float64)
     number = torch.tensor(list(journal.rewards)).repeat_interleave(answers)
-    grades = grade(rewards, number, threshold=config.data.passing)
+    grades = grade(rewards, number, threshold=config.data.bar)
     write_graded(config.data.prompts, grades, output, fields=config.data.fields)
     journal.path.unlink()
     sources = {prompt.id: str(prompt.metadata.get(SOURCE, "")) for prompt in actor.prompts}

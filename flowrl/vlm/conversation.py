@@ -111,7 +111,7 @@ def converse(
             talks[i] = replace(talks[i], row=row, turns=(*talks[i].turns, model.decode(row.ids[start:])))
             asked[i] = _calls(talks[i])
             if asked[i] and turn < turns and talks[i].tool_position is None:
-                talks[i] = replace(talks[i], tool_position=start + _place_of(OPEN, row.ids[start:], model))
+                talks[i] = replace(talks[i], tool_position=_place_of(OPEN, row.ids, model))
         going = [i for i in going if asked[i]]
         if turn < turns:
             results = iter(run_calls([(c, talks[i].pictures) for i in going for c in asked[i]], tools, seconds=seconds))

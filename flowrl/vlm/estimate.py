@@ -37,7 +37,7 @@ from flowrl.estimate import (
 from flowrl.vlm.actor import questions
 from flowrl.vlm.collate import Inputs
 from flowrl.vlm.data import messages
-from flowrl.vlm.model import ImageTextModel, quiet, resolve
+from flowrl.vlm.model import ImageTextModel, explained, quiet, resolve
 from flowrl.vlm.policy import TextPolicy
 
 _ASKED = 4
@@ -78,11 +78,14 @@ class Memory:
 
 
 def sketch(config: Config) -> tuple[TextPolicy, Lengths]:
-    """The policy of a config without weights, and the lengths of its questions and answers."""
+    """The policy of a config without weights, and the lengths of its questions and answers.
+
+    ModelError where the configuration or the processor of its model cannot be read.
+    """
     section, generation = config.model, config.generation
     assert generation is not None
     source = resolve(section.path)
-    with quiet():
+    with explained(section.path), quiet():
         import transformers
 
         auto: Any = transformers  # most of its functions have no types

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flowrl.models.pipeline import INFERENCE, ModelError
 from flowrl.vlm.model import quiet
-from flowrl.weights import ADAPTER, save_component
+from flowrl.weights import ADAPTER, save_component, share, with_adapter
 
 Form = Literal["peft", "full"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -46,6 +46,7 @@ def write(model: Any, lora: bool, folder: Path, form: Form, inference: Mapping[s
         save_file({name: _plain(t) for name, t in model.value_head.state_dict().items()}, folder / VALUE_HEAD)
     (folder / INFERENCE).write_text(json.dumps(dict(inference), indent=2) + "\n")
     (folder / "README.md").write_text(_readme(model, lora, loading))
+    share(folder)
 
 
 def _write_peft(model: Any, folder: Path) -> list[str]:
@@ -130,7 +131,7 @@ def read_adapters(folder: Path, alpha: float) -> dict[str, Tensor]:
             f"weights {str(folder)!r} have lora alpha {config['lora_alpha']}, the policy {alpha}: make them equal."
         )
     found = load_file(str(folder / ADAPTER_WEIGHTS))
-    return {_parameter_name(name.removeprefix(_PEFT_PREFIX)): tensor for name, tensor in found.items()}
+    return {with_adapter(name.removeprefix(_PEFT_PREFIX)): tensor for name, tensor in found.items()}
 
 
 def read_full(folder: Path, network: Any) -> dict[str, Tensor]:
@@ -150,12 +151,6 @@ def read_value_head(folder: Path) -> dict[str, Tensor]:
 def is_peft(folder: Path) -> bool:
     """Whether an export is of adapters."""
     return (folder / ADAPTER_WEIGHTS).is_file()
-
-
-def _parameter_name(name: str) -> str:
-    """`a.lora_A.weight`, as it is stored, to `a.lora_A.default.weight`, as the parameter is called."""
-    stem, _, last = name.rpartition(".")
-    return f"{stem}.{ADAPTER}.{last}"
 
 
 def _plain(tensor: Tensor) -> Tensor:

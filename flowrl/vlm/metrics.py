@@ -8,13 +8,12 @@ left out: never NaN. Sums are exact, so the order of the answers does not matter
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
 
 import torch
 from torch import Tensor
-
-from rewards.verifiers.statistics import reflects
 
 REFLECTS = "reflects"
 """The fact that an answer reconsiders, 1 or 0."""
@@ -22,11 +21,18 @@ SHARES = ("forced", "over_turns")
 """Facts that are 1 or 0, whose mean is logged."""
 COUNTS = ("calls", "failed_calls", "continuations")
 """Facts that count something in an answer, whose mean is logged."""
+REFLECTION = (
+    "re-check", "re-evaluate", "re-examine", "re-think", "recheck", "reevaluate", "reexamine", "reevaluation",
+    "rethink", "check again", "think again", "try again", "verify", "wait", "yet",
+)  # fmt: skip
+"""V-Triune's words. Whole words count here, so that there is no "yet" in "yeti"."""
+
+_RECONSIDERS = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, REFLECTION))})(?![\w-])", re.IGNORECASE)
 
 
 def reflection(texts: Iterable[str]) -> Tensor:
-    """1 for each text that reconsiders, by V-Triune's 15 words as whole words, else 0; float64 [B]: a fact."""
-    return torch.tensor([float(reflects(text)) for text in texts], dtype=torch.float64)
+    """1 for each text that reconsiders, by V-Triune's words, else 0; float64 [B]: a fact."""
+    return torch.tensor([float(_RECONSIDERS.search(text) is not None) for text in texts], dtype=torch.float64)
 
 
 def pass_at_k(right: int, count: int, k: int) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowrl.config import GenerationConfig
 from flowrl.data import IMAGES, VIDEOS
 from flowrl.types import Needs, Prompt, Tokens, held_to
-from flowrl.vlm.augment import BEGIN, CORRECTED, NoisyRollout, corrections
+from flowrl.vlm.augment import BEGIN, CORRECTED, SOLUTION, NoisyRollout, corrections
 from flowrl.vlm.collate import Inputs
 from flowrl.vlm.conversation import STOPS, Talk, converse, facts
 from flowrl.vlm.data import SYSTEM, clips, messages, pictures
@@ -23,9 +23,6 @@ from flowrl.vlm.generate import Row, begin
 from flowrl.vlm.policy import TextPolicy
 from flowrl.vlm.server import Server, tokens_of
 from flowrl.vlm.tools import Picture, build_tools
-
-SOLUTION = "solution"
-"""Metadata: a worked answer, for supervised terms."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

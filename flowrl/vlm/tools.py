@@ -9,6 +9,7 @@ A tool is any object with a `name` that can be called with (arguments, pictures)
 
 What a model writes decides nothing but the arguments. Whatever is wrong with a call (JSON that is none, a tool that
 does not exist, an argument of another type, a tool that raises or takes too long) is answered to the model as text.
+What a tool does wrong itself, an exception other than `BadCall` or a result of another type, is a warning too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import math
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from PIL import Image
 
 from flowrl.resolve import ResolveError, nearest, resolve
+from flowrl.user_code import misfit, told
 from rewards.verifiers._expression import Unreadable, Value, read
 from rewards.verifiers._geometry import factors, numbers
 
@@ -181,6 +184,7 @@ def _written(value: Fraction | float) -> str:
 
 
 _BUILT_IN: tuple[Callable[..., Tool], ...] = (Zoom, Calculator)
+_FORM = "(arguments, pictures) -> ToolResult"
 
 
 # ------------------------------------------------------------------------------------------------ from the config
@@ -215,7 +219,9 @@ def _build(entry: Any) -> Tool:
     elif options:
         raise ToolError(f"tool {use!r} is ready-made and takes no options; remove {', '.join(options)}.")
     if not callable(made):
-        raise ToolError(f"tool {use!r} is a {type(made).__name__}; give something with (arguments, pictures).")
+        raise ToolError(f"tool {use!r} is a {type(made).__name__}; give a function {_FORM}.")
+    if why := misfit(made, {}, []):
+        raise ToolError(f"tool {use!r} {why}. Give it the form {_FORM}, both positional.")
     return made if hasattr(made, "name") else _Function(made)
 
 
@@ -295,17 +301,32 @@ def _shown(text: str) -> str:
 # ------------------------------------------------------------------------------------------------ running calls
 
 
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """What a tool itself did wrong; the model's mistakes are none."""
+
+    tool: str
+    kind: str
+    """Of a kind a tool's first fault is told: the name of the exception, or of the type that it returned."""
+    what: str
+
+
+_TOLD: set[tuple[str, str]] = set()
+"""Tools and kinds of faults that there was a warning of, in this process."""
+
+
 def run_calls(
     calls: Sequence[tuple[Call, Sequence[Picture]]], tools: Mapping[str, Tool], *, seconds: float, at_once: int = 16
 ) -> list[ToolResult]:
     """Results of calls, each with the pictures that its model has seen, in their order; never raises for a call.
 
+    A fault of a tool itself is a warning, once for each tool and kind of exception, and an error to the model.
     Up to `at_once` run side by side, each for at most `seconds`. One that takes longer is answered with an error.
     Note: its thread cannot be stopped and runs on in the background, so a tool that may hang should bound itself too;
     one that holds Python's global lock throughout holds up everything until it returns.
     """
     results: list[ToolResult] = [_error("not run")] * len(calls)
-    done: SimpleQueue[tuple[int, ToolResult]] = SimpleQueue()
+    done: SimpleQueue[tuple[int, ToolResult, _Fault | None]] = SimpleQueue()
     waiting = deque(range(len(calls)))
     until: dict[int, float] = {}
     while waiting or until:
@@ -316,9 +337,10 @@ def run_calls(
             job = (done, index, call, tools, list(pictures))
             threading.Thread(target=_work, args=job, daemon=True, name=f"tool-{index}").start()
         try:
-            index, result = done.get(timeout=max(0.0, min(until.values()) - time.monotonic()))
+            index, result, fault = done.get(timeout=max(0.0, min(until.values()) - time.monotonic()))
             if until.pop(index, None) is not None:
                 results[index] = result
+                _warn_once(fault)
         except Empty:
             for late in [index for index, end in until.items() if end <= time.monotonic()]:
                 del until[late]
@@ -327,25 +349,40 @@ def run_calls(
 
 
 def _work(
-    done: SimpleQueue[tuple[int, ToolResult]], index: int, call: Call, tools: Mapping[str, Tool], seen: list[Picture]
-) -> None:
-    done.put((index, _run(call, tools, seen)))
+    done: SimpleQueue[tuple[int, ToolResult, _Fault | None]],
+    index: int, call: Call, tools: Mapping[str, Tool], seen: list[Picture],
+) -> None:  # fmt: skip
+    done.put((index, *_run(call, tools, seen)))
 
 
-def _run(call: Call, tools: Mapping[str, Tool], pictures: list[Picture]) -> ToolResult:
+def _run(call: Call, tools: Mapping[str, Tool], pictures: list[Picture]) -> tuple[ToolResult, _Fault | None]:
     if call.problem:
-        return _error(call.problem)
+        return _error(call.problem), None
     if call.name not in tools:
-        return _error(f"there is no tool {_shown(call.name)}; there are {', '.join(tools) or 'none'}")
+        return _error(f"there is no tool {_shown(call.name)}; there are {', '.join(tools) or 'none'}"), None
     try:
         result = tools[call.name](dict(call.arguments or {}), pictures)
     except BadCall as error:
-        return _error(str(error))
+        return _error(str(error)), None
     except BaseException as error:  # even SystemExit: the model is told, the run goes on, nobody waits for the thread
-        return _error(f"{call.name} failed ({type(error).__name__})")
+        kind = type(error).__name__
+        return _error(f"{call.name} failed ({kind})"), _Fault(call.name, kind, told(error))
     if not isinstance(result, ToolResult):
-        return _error(f"{call.name} returned a {type(result).__name__}")
-    return result
+        kind = f"returned a {type(result).__name__}"
+        return _error(f"{call.name} {kind}"), _Fault(call.name, kind, f"it {kind} and no ToolResult")
+    return result, None
+
+
+def _warn_once(fault: _Fault | None) -> None:
+    if fault is None or (fault.tool, fault.kind) in _TOLD:
+        return
+    _TOLD.add((fault.tool, fault.kind))
+    warnings.warn(
+        f"tool {fault.tool!r} failed: {fault.what}. The model is told that its call failed, and the run goes on; "
+        "further faults of this kind are not shown. Mend the tool; for what is wrong with a call let it raise "
+        "flowrl.vlm.tools.BadCall.",
+        stacklevel=3,
+    )
 
 
 def _error(why: str) -> ToolResult:

@@ -19,6 +19,7 @@ _MARKS = (
 )  # fmt: skip
 _TAG = re.compile(r"</?[A-Za-z_|][^<>\n]{0,40}>|\\(?:boxed|text) ?\{[^{}]{0,200}\}|\\[A-Za-z]{1,20}")
 _MOST_CHARACTERS = 200_000
+_ROUNDING = 1e-9
 
 
 @verifier(range=(-1.0, 0.0))
@@ -33,7 +34,7 @@ def mixed(response: str, limit: float = 0.3) -> Verdict:
     share = cjk_share(response)
     if share is None:
         return Verdict(0.0)
-    return Verdict(-float(min(share, 1 - share) > limit), {"cjk": share})
+    return Verdict(-float(min(share, 1 - share) > limit + _ROUNDING), {"cjk": share})
 
 
 @verifier(range=(-1.0, 0.0))

@@ -13,7 +13,7 @@ from flowrl.vlm.augment import (
     BEGIN,
     CORRECTED,
     GIVEN,
-    SHARES,
+    HookError,
     NoisyRollout,
     correct,
     corrections,
@@ -21,7 +21,6 @@ from flowrl.vlm.augment import (
     hint,
     hook,
     inpaint,
-    is_dead,
     masked,
 )  # fmt: skip
 
@@ -113,9 +112,9 @@ def test_patches_at_the_border_may_be_cut_and_masks_are_keyed():
     assert np.array(masked(picture, 1.0, **KEY)).max() == 0
     draws = {
         np.array(masked(picture, 0.5, **{**KEY, **c})).tobytes()
-        for c in ({}, {"seed": 5}, {"number": 1}, {"prompt": 8})
+        for c in ({}, {"seed": 5}, {"number": 1}, {"prompt": 8}, {"iteration": 7})
     }
-    assert len(draws) == 4 and np.array(masked(picture, 0.5, **KEY)).tobytes() in draws
+    assert len(draws) == 5 and np.array(masked(picture, 0.5, **KEY)).tobytes() in draws
     with pytest.raises(ValueError, match="share"):
         masked(picture, 1.2, **KEY)
 
@@ -123,11 +122,6 @@ def test_patches_at_the_border_may_be_cut_and_masks_are_keyed():
 # ------------------------------------------------------------------------------------------------ dead groups
 
 QUESTION = Prompt(id=4, text="How many?", metadata={"answer": 2, "solution": "one  red,\none blue: two in all here"})
-
-
-def test_a_dead_group_has_verdicts_and_none_is_right():
-    assert is_dead([0, 0.2, math.nan]) and not is_dead([0, 1]) and not is_dead([math.nan]) and not is_dead([])
-    assert is_dead([0.9], threshold=1.0)
 
 
 @pytest.mark.parametrize(
@@ -142,11 +136,11 @@ def test_the_first_words_never_are_all_of_them(share, words):
 
 def test_hints_grow_until_there_is_none():
     hinted, texts = QUESTION, []
-    while (more := hint(hinted)) is not None:
-        assert (more.id, more.metadata["answer"]) == (4, 2)
-        hinted = more
-        texts.append((more.metadata[GIVEN], more.text))
-    assert [share for share, _ in texts] == list(SHARES)
+    for _ in range(3):
+        hinted = hint(hinted)
+        assert (hinted.id, hinted.metadata["answer"]) == (4, 2)
+        texts.append((hinted.metadata[GIVEN], hinted.text))
+    assert hint(hinted) is None and [share for share, _ in texts] == [0.25, 0.5, 0.75]
     for share, text in texts:
         assert text == f"How many?\nHint: the solution begins with: {first_words(QUESTION.metadata['solution'], share)}"
     assert QUESTION.text == "How many?" and GIVEN not in QUESTION.metadata, "the prompt itself stays as it is"
@@ -191,3 +185,24 @@ def test_hooks_by_name(tmp_path):
         hook("hnt")
     with pytest.raises(ResolveError, match="is a int; give a function"):
         hook(f"{file}:number")
+
+
+def test_a_hook_of_ones_own_that_fails_is_named(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dataclasses import replace\n"
+        "def words(prompt):\n    return prompt.text + '!'\n"
+        "def fails(prompt):\n    return replace(prompt, text=prompt.metadata['hint'])\n"
+        "def two(prompt, more):\n    return None\n"
+        "def sound(prompt):\n    return replace(prompt, text='And now?')\n"
+    )
+    assert hook(f"{file}:sound")(QUESTION) == replace(QUESTION, text="And now?")
+    with pytest.raises(HookError) as caught:
+        hook(f"{file}:words")(QUESTION)
+    assert f"data.on_dead_group: {file}:words returned str 'How many?!'. Let it return the prompt" in str(caught.value)
+    with pytest.raises(HookError) as caught:
+        hook(f"{file}:fails")(QUESTION)
+    assert f"data.on_dead_group: {file}:fails raises KeyError: 'hint' ({file}:5) for the question" in str(caught.value)
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(ResolveError, match=r"takes \(prompt, more\): .*'more'. Give a function of the prompt alone"):
+        hook(f"{file}:two")

@@ -1,7 +1,9 @@
 """The commands for models that write: `flowrl vlm`, and those that work for both kinds."""
 
 import json
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +113,13 @@ def test_graded_questions_have_a_curriculum(command, grading, tmp_path):
     assert code == 0, err
 
 
+def test_a_warm_up_matters_to_no_grades(command, grading, tmp_path):
+    assert "warm-up" in command("config", "check", grading, "optimizer.warmup=50")[2]
+    asked = ["-o", tmp_path / "graded.jsonl", "--answers", 1, "optimizer.warmup=50"]
+    code, _, err = command("vlm", "grade", grading, *asked)
+    assert code == 0, err
+
+
 def test_grading_goes_on_after_a_stop(command, grading, tmp_path):
     calls, target = tmp_path / "calls", tmp_path / "graded.jsonl"
     assert command("vlm", "grade", grading, "-o", tmp_path / "whole.jsonl", "--answers", 4)[0] == 0
@@ -196,6 +205,42 @@ def test_a_run_is_asked_as_it_was_trained(command, trained, home, model, kind):
     assert said != generated(run / "export_full", "how many?", picture)
 
 
+@both
+def test_a_run_is_asked_on_its_own_model_alone(command, trained, home, model, kind, tmp_path):
+    run, picture = trained[kind], home / "1-0.png"
+    code, out, err = command("vlm", "ask", "tiny/llava", "how many?", picture, "--from", run)
+    assert code == 2 and not out
+    assert f"was trained on '{model('llava')}'" in err and "'tiny/llava' is named" in err
+    told = err[err.index("flowrl vlm ask") :]
+    code, out, err = command(*shlex.split(told)[1:])
+    assert code == 0 and out, err
+    same = tmp_path / "link"  # another name of the same folder
+    same.symlink_to(model("llava"))
+    code, again, err = command("vlm", "ask", same, "how many?", picture, "--from", run)
+    assert code == 0 and again == out, err
+
+
+def test_words_that_a_model_does_not_know_are_told(command):
+    from flowrl.shapes.questions import questions
+
+    picture = Path(__file__).parents[2] / "configs/prompts/questions/pictures/color_0.png"
+    asked = ["vlm", "ask", "shapes_vlm", "--max-new-tokens", 4]
+    code, out, err = command(*asked, "<image> What color is the square?", picture)
+    assert code == 0 and "shapes_vlm does not know 'What', 'square?', and reads each as <unk>" in err
+    listed = err[err.index("It knows") :].split(": ", 1)[1].split()
+    assert f"It knows {len(listed)} words" in err and "warning" not in out
+    assert not {"<unk>", "<image>", "<user>"} & {*listed}
+    known = {word for question in questions("train", count=300) for word in question.text.split()}
+    assert known <= {*listed}
+    code, _, err = command(*asked, "what color is the square ?", picture)
+    assert code == 0 and not err
+
+
+def test_a_tokenizer_without_a_token_for_unknown_words_has_none(command, model, home):
+    code, _, err = command("vlm", "ask", model("qwen2_vl"), "Zürich 東京?", home / "1-0.png", "--max-new-tokens", 2)
+    assert code == 0 and "does not know" not in err
+
+
 def test_tools_can_be_asked_for(command, model, home):
     path = model("llava")
     code, _, err = command("vlm", "ask", path, "how many?", home / "1-0.png", "--tool", "zoom", "--max-new-tokens", 4)
@@ -238,6 +283,15 @@ def test_an_export_of_a_checkpoint_is_that_of_the_run(trained, command, tmp_path
     assert runs.digest(tmp_path / "last" / files[kind]) != wanted
 
 
+@both
+def test_exported_weights_may_be_read_by_whom_umask_lets(trained, tmp_path, kind):
+    probe = tmp_path / "probe"
+    probe.touch()
+    modes = {path.name: path.stat().st_mode for path in (trained[kind] / "weights").iterdir() if path.is_file()}
+    assert modes.keys() & {"model.safetensors", "adapter_model.safetensors"}
+    assert {*modes.values()} == {probe.stat().st_mode}
+
+
 def test_only_formats_of_such_a_model_are_written(trained, command):
     for kind, form, known in (
         ("lora", "comfyui", "peft or full"),
@@ -276,6 +330,11 @@ def test_a_plan_says_what_a_run_costs_and_starts_nothing(command, config, tmp_pa
     assert "12 answers an iteration" in out and "memory, estimated" in out and "work, estimated" in out
     assert "generation.batch_size=6" in out and "rollout_micro_batch" not in out and "offload" not in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_of_a_model_that_is_not_here_names_it(command, config):
+    code, _, err = command("plan", config(), "model.path=nobody/no-such-model")
+    assert code == 2 and "model 'nobody/no-such-model' cannot be read" in err and "hf download" in err
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])

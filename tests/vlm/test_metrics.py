@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from flowrl.vlm.metrics import pass_at_k, reflection, text_metrics
-from rewards.verifiers.statistics import REFLECTION
+from flowrl.vlm.metrics import REFLECTION, pass_at_k, reflection, text_metrics
 
 nan = math.nan
 
@@ -89,6 +88,17 @@ def test_another_score_may_say_what_is_right():
     )
     assert found["text/tokens/right"] == 5 and found["text/tokens/wrong"] == 1 and found["text/reward/s"] == 0.9
     assert text_metrics(table(0.9), torch.tensor([0]), {}, threshold=1.0)["text/pass@1"] == 0
+
+
+def test_an_answer_is_right_from_the_threshold_on():
+    found = text_metrics(table(0.5, 0.49), torch.tensor([0, 1]), {}, threshold=0.5)
+    assert found["text/pass@1"] == found["text/groups/all_right"] == found["text/groups/all_wrong"] == 0.5
+
+
+@pytest.mark.parametrize(("rewards", "right", "wrong"), [((1, 0, 0), 0, 0), ((1, 1, 0), 0, 0), ((0, 0, 0), 0, 1)])
+def test_one_answer_keeps_a_group_from_being_all_alike(rewards, right, wrong):
+    found = text_metrics(table(*rewards), torch.zeros(3, dtype=torch.long), {})
+    assert (found["text/groups/all_right"], found["text/groups/all_wrong"]) == (right, wrong)
 
 
 def test_the_order_of_the_answers_does_not_matter():

@@ -4,6 +4,7 @@ import json
 import math
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -240,6 +241,7 @@ def test_a_call_that_hangs_becomes_an_error_and_holds_nobody_up():
     assert "longer than 0.3 seconds" in results[0].text and results[3].text == "2 of 0"
 
 
+@pytest.mark.filterwarnings("ignore:tool")
 def test_whatever_a_tool_does_is_told_to_the_model():
     def raises(arguments, pictures):
         raise RuntimeError("secret path")
@@ -259,6 +261,30 @@ def test_whatever_a_tool_does_is_told_to_the_model():
     assert texts[0] == "error: raises failed (RuntimeError)" and "secret" not in texts[0]
     assert texts[1] == "error: n must be 3" and "returned a str" in texts[2] and "failed (SystemExit)" in texts[3]
     assert "there is no tool 'zom'; there are raises" in texts[4]
+
+
+def test_a_fault_of_a_tool_is_a_warning_once_for_each_kind(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from flowrl.vlm.tools import BadCall, ToolResult\n"
+        "def unit(arguments):\n"
+        "    return arguments.unit\n"
+        "def faulty(arguments, pictures):\n"
+        "    if arguments.get('bad'):\n        raise BadCall('not so')\n"
+        "    if arguments.get('text'):\n        return 12\n"
+        "    return ToolResult({'kg': 'kilogram'}[arguments['unit']] if 'unit' in arguments else unit(arguments))\n"
+    )
+    tools = build_tools([f"{file}:faulty"])
+    calls = [Call("faulty", {})] * 5 + [Call("faulty", {"unit": 3}), Call("faulty", {"text": True})] * 2
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        results = run(calls, tools) + run(calls, tools)
+        run([Call("faulty", {"bad": True}), Call("faulty", {"unit": "kg"}), Call("zom", {}), Call(problem="no")], tools)
+    assert all(result.error for result in results) and len(results) == 18
+    attribute, key, kind = sorted(str(warning.message) for warning in told)  # one of each kind, of eighteen calls
+    assert f"tool 'faulty' failed: AttributeError: 'dict' object has no attribute 'unit' ({file}:3)." in attribute
+    assert f"tool 'faulty' failed: KeyError: 3 ({file}:9)." in key and "let it raise flowrl.vlm.tools.BadCall" in key
+    assert "tool 'faulty' failed: it returned a int and no ToolResult." in kind
 
 
 def test_a_long_name_is_not_repeated_whole():
@@ -312,7 +338,11 @@ def test_tools_of_a_config(tmp_path):
         (["zoom", "zoom"], "two tools are called 'zoom'"),
         ([{"use": echo, "n": 3}], "takes no options; remove n"),
         (["no.such.module:tool"], "cannot import"),
-        (["math:pi"], "is a float"),
+        (["math:pi"], r"is a float; give a function \(arguments, pictures\) -> ToolResult"),
+        (["json:loads"], r"tool 'json:loads' takes \(s, .*the form \(arguments, pictures\) -> ToolResult, both"),
+        ([lambda arguments: None], r"takes \(arguments\): too many positional arguments"),
+        ([lambda arguments, *, pictures: None], "too many positional arguments"),
+        ([lambda arguments, pictures, unit: None], "missing a required argument: 'unit'"),
     ],
 )
 def test_a_tool_that_cannot_be_used_is_told(entries, message):

@@ -326,6 +326,11 @@ def test_a_gate_and_a_condition():
     assert gated([sourced("a", "yes"), sourced("a", "no")]).total.tolist() == [3, -1]
 
 
+def test_a_condition_holds_from_the_least_score_on():
+    entries = [{"use": has, "name": "right"}, {"use": len_, "only_where": {"right": 1}}]
+    assert Verifiers(entries)([sourced("a", "yes")]).total.item() == 4
+
+
 def test_a_condition_counts_as_nothing_whatever_the_norm():
     entries = [
         {"use": has, "name": "right"},

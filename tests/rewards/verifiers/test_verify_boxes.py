@@ -192,7 +192,17 @@ def test_spam_costs():
     assert plain.value == pytest.approx(0.7 + 0.3 * (1 - 0.9 / 2))
     assert detection(spam, gold(CAT), count_penalty=0.6).value == pytest.approx(plain.value * 0.6**9)
     assert detection(spam, gold(CAT), length_factor=True).value == pytest.approx(plain.value / 10)
-    assert detection(listed(*(((i, 0, i + 5, 5), "cat") for i in range(301))), gold(CAT)).value == 0
+
+
+@pytest.mark.parametrize(("count", "found"), [(300, 1), (301, 0)])
+def test_too_many_boxes_are_not_looked_at(count, found):
+    boxes = listed(CAT, *(((i, 50, i + 1, 60), "cat") for i in range(count - 1)))
+    assert detection(boxes, gold(CAT)).parts["loc"] == found
+
+
+def test_an_overlap_of_the_threshold_is_found():
+    half = listed(((0, 0, 10, 5), "cat"))
+    assert [detection(half, gold(CAT), threshold=bar).parts["f1"] for bar in (0.5, 0.51)] == [1, 0]
 
 
 def test_repeated_boxes_count_once():

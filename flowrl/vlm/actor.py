@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flowrl.actor import watched
-from flowrl.config import Config, GenerationConfig, ModelConfig, curriculum_problems, filter_problems
+from flowrl.config import Config, GenerationConfig, ModelConfig, curriculum_problems, filter_problems, folder_problems
 from flowrl.configfile import Key
 from flowrl.data import DataError, PromptSampler, fingerprint
 from flowrl.engine import Engine
@@ -125,10 +125,12 @@ class TextActor:
         except ValueError as error:
             yield ("data", "on_dead_group"), str(error)
         yield from filter_problems(config)
+        absent = list(folder_problems(config))
+        yield from absent
         try:
             check_path(config.model.path)
         except ModelError as error:
-            yield ("model", "path"), str(error)
+            yield from () if absent else [(("model", "path"), str(error))]
 
     @staticmethod
     def notes(config: Config) -> Iterator[str]:

@@ -428,4 +428,9 @@ def test_what_a_run_could_not_use_is_known_before_weights_are_read(change, told)
 
     (problem, *more) = check("configs/vlm/quickstart.yaml", [change])
     assert re.search(told, problem) and not more
+
+
+def test_a_part_of_a_score_can_be_the_headline():
+    from flowrl.config import check
+
     assert check("configs/vlm/quickstart.yaml", ["data.evaluation.headline=box.iou"]) == []

@@ -122,7 +122,7 @@ class Updater:
             p.grad = g.view_as(p).clone()
 
     def _merge(self, metrics: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
-        """Metrics over all processes: the largest of each `*_max*`, else the mean over what they are means of."""
+        """Metrics over all processes: the largest of `*_max*`, the smallest of `*_min*`, else the mean."""
         if self.engine.world == 1:
             return metrics
         told = [json.loads(text) for text in self.engine.gather_text(json.dumps([metrics, counts]))]
@@ -131,7 +131,8 @@ class Updater:
             known = [(m[name], n[name]) for m, n in told if name in m and not math.isnan(m[name]) and n[name] > 0]
             values = known or [(math.nan, 1.0)]
             mean = sum(v * n for v, n in values) / sum(n for _, n in values)
-            merged[name] = max(v for v, _ in values) if "_max" in name else mean
+            each = [v for v, _ in values]
+            merged[name] = max(each) if "_max" in name else min(each) if "_min" in name else mean
         return merged
 
     def _skip(self, metrics: dict[str, float], sound: bool) -> dict[str, float]:

@@ -24,6 +24,9 @@ Combine = Literal["sum", "per_reward", "gdpo"]
 # differences become advantages of size 1, i.e. pure noise (reliability row R8).
 STD_FLOOR = 1e-6
 
+# No answer counts for more than this many of itself, however sure it was.
+_SUREST = 5.0
+
 
 class Advantages(NamedTuple):
     """Advantages of B samples and what became of their groups."""
@@ -377,11 +380,14 @@ def sure_first(advantages: Tensor, group: Tensor, entropy: Tensor) -> Tensor:
     """A / (H / mean of H over the group) of answers [B] (EDGE-GRPO, arXiv:2507.21848), H their mean entropies.
 
     An answer whose H is unknown (NaN) or 0 keeps its A.
+    Note: what a run knows of H is the mean of -log p of the drawn tokens, an estimate without a pass over all words.
+    Note: the factor is at most 5. The paper has no bound, but H of a short, sure answer is as small as one likes.
     """
     _, member = torch.unique(group.to(advantages.device), return_inverse=True)
     known = entropy > 0
     mean = _group_mean(entropy, member, known)[member]
-    return torch.where(known, advantages * mean / entropy.where(known, 1.0), advantages)
+    factor = (mean / entropy.where(known, 1.0)).clamp(max=_SUREST)
+    return torch.where(known, advantages * factor, advantages)
 
 
 def discounted(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:

@@ -101,10 +101,10 @@ def check_horizon(mode: Mode, horizon: int | None) -> None:
 
 
 def merge_metrics(parts: Sequence[Mapping[str, Tensor]], counts: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
-    """Metrics of micro-batches as those of their union: the largest of each `*_max*`, else the mean.
+    """Metrics of micro-batches as those of their union: the largest of each `*_max*`, the smallest of each `*_min*`.
 
-    `counts` tell of how many things each is the mean. A micro-batch that had nothing to say (NaN) does not count,
-    unless none had.
+    The others are means, `counts` telling of how many things each. A micro-batch that had nothing to say (NaN) does
+    not count, unless none had.
     """
     merged: dict[str, list[tuple[Tensor, float]]] = {}
     for part, count in zip(parts, counts, strict=True):
@@ -117,5 +117,7 @@ def _merge(name: str, values: list[tuple[Tensor, float]]) -> Tensor:
     stacked = torch.stack([value for value, _ in values])
     if "_max" in name:
         return stacked.max()
+    if "_min" in name:
+        return stacked.min()
     weight = torch.tensor([num for _, num in values]).to(stacked) * ~stacked.isnan()
     return (stacked.nan_to_num() * weight).sum() / weight.sum()

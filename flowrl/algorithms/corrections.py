@@ -14,13 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowrl.algorithms.objectives import MAX_LOG_RATIO
+
 Mode = Literal["tis", "mis", "icepop"]
 Level = Literal["token", "sequence", "geometric"]
 Rejection = Literal[
     "sum_k1", "sum_k2", "sum_k3", "mean_k1", "mean_k2", "mean_k3", "max_k1", "max_k2", "max_k3",
 ]  # fmt: skip
-
-_MAX_LOG_RATIO = 20.0
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def importance_weights(log_weight: Tensor, mask: Tensor, mode: Mode, level: Leve
     Raises ValueError for an unknown mode or level, or bounds that leave nothing.
     """
     if not 0 <= low < high:
-        raise ValueError(f"weights from {low:g} to {high:g} are none; give 0 <= low < high, such as 0.5 and 2.")
+        raise ValueError(f"weights from {low:g} to {high:g} are none; give 0 <= low < high, such as 0.5 and 5.")
     weight = _at(log_weight, mask, level).exp()
     if mode == "tis":
         kept = weight.clamp(max=high)
@@ -67,7 +67,8 @@ def rejected(log_weight: Tensor, mask: Tensor, how: Rejection, low: float, high:
 def off_policy_sequences(log_ratio: Tensor, mask: Tensor, advantages: Tensor, delta: float) -> Tensor:
     """Answers [N] that are to be left out as bad and far away (OPSM of DeepSeek-V3.2, arXiv:2512.02556).
 
-    Bad: the mean of their advantages [N,S] is negative. Far: the mean of -log_ratio = log(mu / pi) is above `delta`.
+    Bad: the mean of their advantages [N,S] is negative. Far: the mean of -log_ratio = log(mu / pi), mu being who wrote
+    the answers and pi today's policy, is above `delta`.
     Learning from a mistake that the policy would not make any more drives it off; good answers stay.
     """
     far = -_mean(_bounded(log_ratio), mask) > delta
@@ -88,8 +89,11 @@ def proximal_logprob(behaviour: Tensor, current: Tensor, version: int, behaved: 
 def weight_metrics(log_weight: Tensor, mask: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """How far pi_old is from the engine, of tokens and before any cut, and how many weights the correction made 0.
 
-    ESS is 1 / mean((w / mean w)^2), the share of tokens that the weighted ones are worth; chi2 is E w^2 - 1; the KL of
-    the engine from pi_old is the k3 estimate; the share that was masked is that of weights 0.
+    All are means over tokens, but for the largest and the smallest weight, so that the metrics of parts merge into
+    those of the whole (`merge_metrics`). chi2 is E w^2 - 1; the KL of the engine from pi_old is the k3 estimate; the
+    difference of log-perplexities, pi_old's less the engine's, is E log(mu / pi_old) and estimates the same KL, with a
+    sign; the share that was masked is that of weights 0.
+    Note: ESS = 1 / mean((w / mean w)^2) = is_weight_mean^2 / (1 + is_chi2) is no mean, and left to the reader.
     """
     log_weight = _bounded(log_weight)[mask]
     weight = log_weight.exp()
@@ -97,8 +101,8 @@ def weight_metrics(log_weight: Tensor, mask: Tensor, weights: Tensor) -> dict[st
         "is_weight_mean": weight.mean(),
         "is_weight_max": weight.max(),
         "is_weight_min": weight.min(),
-        "is_ess": weight.mean().square() / weight.square().mean(),
         "is_kl": _DISTANCES["k3"](log_weight).mean(),
+        "is_log_ppl_diff": -log_weight.mean(),
         "is_chi2": weight.square().mean() - 1,
         "is_masked_frac": (weights[mask] == 0).float().mean(),
     }
@@ -128,7 +132,7 @@ def _max(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _bounded(log_weight: Tensor) -> Tensor:
-    return log_weight.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    return log_weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 _STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": _sum, "mean": _mean, "max": _max}

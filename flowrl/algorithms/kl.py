@@ -24,13 +24,12 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from flowrl.algorithms.objectives import MAX_LOG_RATIO
 from samplers import Transition, gaussian_kl
 
 KLForm = Literal["flow_grpo", "exact", "velocity_mse", "latent_mse"]
 TokenKLForm = Literal["k1", "k2", "k3", "k1+", "k3+"]
 
-# Beyond it exp() of a difference of log-probs tells nothing.
-_MAX_DIFFERENCE = 20.0
 # One token that the reference finds impossible must not be all of the penalty.
 _MAX_KL = 10.0
 
@@ -79,7 +78,7 @@ def adapted_kl_coef(coef: float, kl: float, target: float, tokens: int, horizon:
 
 def estimate(logprob: Tensor, reference: Tensor, form: str) -> Tensor:
     """k1, k2 or k3 of tokens, with the gradients of both; see `token_kl`."""
-    difference = (reference - logprob).clamp(-_MAX_DIFFERENCE, _MAX_DIFFERENCE)
+    difference = (reference - logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if form == "k1":
         return -difference
     if form == "k2":

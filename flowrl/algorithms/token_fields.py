@@ -17,6 +17,7 @@ from flowrl.schedules import Schedule, values
 
 TV_TRUST = 0.2
 CorrectionMode = Literal["tis", "mis", "icepop", "bypass"]
+USUAL_HIGH: dict[CorrectionMode | None, float] = {"tis": 2.0, "mis": 2.0, "icepop": 5.0}
 Shaping = Literal["tool_position", "entropy"]
 
 
@@ -143,7 +144,7 @@ ShapingName = Annotated[
     Shaping | None,
     Field(
         description="What changes an advantage: where the first tool call stands (ASPO), how unsure the answer was "
-        "(entropy, EDGE-GRPO); null: nothing."
+        "(entropy, EDGE-GRPO, at most 5 times); null: nothing."
     ),
 ]
 ShapingCoef = Annotated[
@@ -190,7 +191,10 @@ CorrectionLevel = Annotated[
     Level, Field(description="One such weight a token, an answer (product), or an answer's geometric mean.")
 ]
 CorrectionLow = Annotated[NotNegative, Field(description="icepop only: smallest weight that is kept.")]
-CorrectionHigh = Annotated[Positive, Field(description="Largest weight: where it is cut, or kept.")]
+CorrectionHigh = Annotated[
+    Positive | None,
+    Field(description="Largest weight: where it is cut, or kept; null: 2, with icepop 5 as in the paper."),
+]
 RejectionName = Annotated[
     Rejection | None,
     Field(
@@ -204,20 +208,24 @@ RejectRange = Annotated[
 ]
 OffPolicyDelta = Annotated[
     Positive | None,
-    Field(description="Bad answers whose mean log(pi_old / pi) is above this are left out (OPSM); null: none."),
+    Field(
+        description="Bad answers whose mean log(mu / pi), mu being who wrote them, is above this are left out (OPSM); "
+        "null: none."
+    ),
 ]
 
 # --------------------------------------------------------------------------------------------------------- more terms
 
-PositiveSFT = Annotated[
-    NotNegative, Field(description="Weight of -log pi on answers with a positive advantage (Intern-S1).")
+PositiveSFT = Annotated[NotNegative, Field(description="Weight of -log pi on right answers (Intern-S1, VAPO).")]
+PositiveReward = Annotated[
+    float, Field(description="Total reward from which an answer is right for positive_sft_coef.", allow_inf_nan=False)
 ]
 SFTCoef = Annotated[
     Schedule,
     AfterValidator(_shares),
     Field(
         description="CHORD: mu in (1 - mu) policy gradient + mu imitation of the prompts' `solution`, a number or "
-        "[[iteration, value], ...]; 0: none."
+        "[[iteration, value], ...]; other terms keep their weights; 0: none."
     ),
 ]
 PerceptionCoef = Annotated[

@@ -28,6 +28,8 @@ from samplers import stable_seed
 Terms = dict[str, tuple[float, Tensor]]
 """Terms of a loss by their names in the metrics: a weight, and the losses of the tokens [N,S]."""
 _MASKED_PICTURES = -8
+# Rewards that sum up to 1 may miss it by rounding.
+_ROUNDING = 1e-6
 
 
 class ResetReference(Hyperparameters):
@@ -77,11 +79,12 @@ class TokenPolicyGradient(ResetReference):
     correction: fields.Correction = "tis"
     correction_level: fields.CorrectionLevel = "token"
     correction_low: fields.CorrectionLow = 0.5
-    correction_high: fields.CorrectionHigh = 2.0
+    correction_high: fields.CorrectionHigh = None
     rejection: fields.RejectionName = None
     reject_range: fields.RejectRange = (-1.0, 1.0)
     off_policy_delta: fields.OffPolicyDelta = None
     positive_sft_coef: fields.PositiveSFT = 0.0
+    positive_sft_reward: fields.PositiveReward = 1.0
     sft_coef: fields.SFTCoef = 0.0
     perception_coef: fields.PerceptionCoef = 0.0
     perception_mask: fields.PerceptionMask = 0.6
@@ -92,10 +95,10 @@ class TokenPolicyGradient(ResetReference):
         fields.check_tokens(self.objective)
         fields.check_trust(self.objective, self.trust)
         fields.check_aggregate(self.objective, self.aggregate, self.horizon)
-        if self.correction == "icepop" and not self.correction_low < self.correction_high:
+        if self.correction == "icepop" and not self.correction_low < self._correction_high:
             raise ValueError(
-                f"correction_low={self.correction_low:g} is not below correction_high={self.correction_high:g}, so "
-                "that no token would be left; 0.5 and 2 are usual."
+                f"correction_low={self.correction_low:g} is not below correction_high={self._correction_high:g}, so "
+                "that no token would be left; 0.5 and 5 are usual."
             )
         if self.reject_range[0] >= self.reject_range[1]:
             raise ValueError(f"reject_range={list(self.reject_range)} must be rising.")
@@ -172,7 +175,7 @@ class TokenPolicyGradient(ResetReference):
             assert stats.entropy is not None
             terms["entropy_bonus"] = -self.entropy_coef, stats.entropy
         if self.positive_sft_coef > 0:
-            terms["positive_sft"] = self.positive_sft_coef, -stats.logprob * (credit > 0)
+            terms["positive_sft"] = self.positive_sft_coef, -stats.logprob * self._right(batch, credit)
         if imitation > 0:
             terms |= self._imitation(policy, tokens, imitation)
         if self.perception_coef > 0 or self.perception_entropy > 0:
@@ -195,8 +198,8 @@ class TokenPolicyGradient(ResetReference):
             weight, told = self._correction(tokens.logprob - tokens.behaviour, mask)
             table, metrics = table * weight, metrics | told
         if self.off_policy_delta is not None:
-            gone = off_policy_sequences(stats.logprob - before, mask, credit, self.off_policy_delta)
-            table, metrics["opsm_frac"] = table * ~gone[:, None], gone.float().mean()
+            gone = off_policy_sequences(stats.logprob - _drawn(tokens), mask, credit, self.off_policy_delta)[:, None]
+            table, metrics["opsm_frac"] = table * ~gone, gone.expand_as(mask)[mask].float().mean()
         if self.top_entropy < 1:
             assert stats.entropy is not None
             table = table * _highest(stats.entropy.detach(), mask, self.top_entropy)
@@ -206,16 +209,30 @@ class TokenPolicyGradient(ResetReference):
         """Weights [N,S] of answers that an engine wrote, and how far it is away."""
         weight = mask.to(log_weight)
         if self.correction in ("tis", "mis", "icepop"):
-            bounds = (self.correction_low if self.correction == "icepop" else 0.0, self.correction_high)
+            bounds = (self.correction_low if self.correction == "icepop" else 0.0, self._correction_high)
             weight = importance_weights(log_weight, mask, self.correction, self.correction_level, *bounds)
         if self.rejection is not None:
             weight = weight * ~rejected(log_weight, mask, self.rejection, *self.reject_range)[:, None]
         return weight, weight_metrics(log_weight, mask, weight)
 
+    def _right(self, batch: TokenBatch, credit: Tensor) -> Tensor:
+        """Which answers to imitate (VAPO, arXiv:2504.05118; Intern-S1, arXiv:2508.15763), bool [N,S] or [N,1].
+
+        Right ones, by their reward, not by `credit` [N,S]: that of a wrong answer's token may well be positive.
+        Note: VAPO divides by the tokens of right answers alone, which a part of an update does not know; here the mean
+        is that of the other terms, so that the weight of imitation grows with the share of right answers.
+        Note: in an iteration with answers of earlier ones (`data.replay`), of which the advantage alone is kept, those
+        with a positive one are imitated.
+        """
+        if batch.rewards is None:
+            return credit > 0
+        return (batch.rewards >= self.positive_sft_reward - _ROUNDING).to(credit.device)[:, None]
+
     def _imitation(self, policy: TokenPolicy, tokens: Tokens, weight: float) -> Terms:
         """CHORD (arXiv:2508.11408): -p (1 - p) log p of the tokens of a worked answer, its factor cut from the graph.
 
         Note: an answer carries the mean over its prompt's worked answer, so that `aggregate` can be any.
+        Note: (1 - mu) is the factor of the policy gradient alone; KL, entropy and other terms keep their weights.
         """
         _, of_row = torch.unique(tokens.prompt, return_inverse=True)
         first = torch.full((int(of_row.max()) + 1,), len(tokens), device=of_row.device)
@@ -249,6 +266,10 @@ class TokenPolicyGradient(ResetReference):
             return batch.reference
         with torch.no_grad(), held_to(policy, self.needs):
             return policy.evaluate(batch.tokens).logprob
+
+    @property
+    def _correction_high(self) -> float:
+        return self.correction_high or fields.USUAL_HIGH[self.correction]
 
     @property
     def _has_reference(self) -> bool:
@@ -376,10 +397,14 @@ def token_credit(batch: TokenBatch) -> Tensor:
     return (credit[:, None] if credit.dim() == 1 else credit) * mask
 
 
+def _drawn(tokens: Tokens) -> Tensor:
+    """log mu [N,S] of who drew the tokens, perhaps a foreign engine."""
+    return tokens.logprob if tokens.behaviour is None else tokens.behaviour
+
+
 def _since_drawn(tokens: Tokens, logprob: Tensor) -> Tensor:
-    """pi / mu [N,S] with its gradient, cut as all ratios are; mu drew the tokens, perhaps a foreign engine."""
-    drawn = tokens.logprob if tokens.behaviour is None else tokens.behaviour
-    return (logprob - drawn).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    """pi / mu [N,S] with its gradient, cut as all ratios are."""
+    return (logprob - _drawn(tokens)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def token_edges(tokens: Tokens, logprob: Tensor, before: Tensor, credit: Tensor) -> Edges:

@@ -616,6 +616,11 @@ def test_pass_at_k_has_the_known_values(k, right, wrong):
     assert found.value.tolist() == pytest.approx([right, *[wrong] * 3, right, *[wrong] * 3, 0], abs=1e-7)
 
 
+def test_an_answer_at_the_threshold_is_right():
+    at, above = (pass_at_k(torch.tensor([x, 0.0, 0.25, 0.0]), torch.zeros(4), 2, 0.5) for x in (0.5, 1.0))
+    assert at.live.all() and torch.equal(at.value, above.value)
+
+
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 @pytest.mark.parametrize("right", [1, 2, 4, 5])
 def test_pass_at_k_is_the_mean_over_all_sets(k, right):
@@ -652,6 +657,13 @@ def test_groups_that_agree_do_not_dilute():
     assert found.value.tolist() == [1, -1, -1, 1, 0, 0, 0, 0]
 
 
+def test_answers_without_a_verdict_are_on_neither_side_of_that_share():
+    """5 verdicts, 3 of them in the live group: alpha = 5 / 3."""
+    rewards = torch.tensor([1.0, 0, 0, NAN, 1, 1, NAN, NAN])
+    found = undiluted(group_advantages(rewards, GROUPS, "none"), GROUPS)
+    assert found.value.tolist() == pytest.approx([10 / 9, -5 / 9, -5 / 9, 0, 0, 0, 0, 0])
+
+
 def test_early_tools_get_a_capped_bonus():
     """Group 0 by hand: p = 2, 6, -, l = 10, 20, 30; group 1 is dead."""
     advantages = torch.tensor([1.0, -0.5, -0.5, 0.0, 0.0], dtype=torch.float64)
@@ -665,6 +677,13 @@ def test_sure_answers_count_for_more():
     advantages, group = torch.tensor([1.0, -1.0, 2.0, 3.0], dtype=torch.float64), torch.tensor([0, 0, 0, 1])
     found = sure_first(advantages, group, torch.tensor([0.5, 1.5, NAN, 0.0], dtype=torch.float64))
     assert found.tolist() == pytest.approx([2.0, -1 / 1.5, 2.0, 3.0])
+
+
+def test_no_answer_is_so_sure_that_it_drowns_the_others():
+    """Means of H are 0.375 and 3: factors of 3750 and 3 / 0.55 are 5, one of 3 / 0.65 stays what it is."""
+    entropy = torch.tensor([1e-4, 0.74990, 0.55, 0.65, 7.8], dtype=torch.float64)
+    found = sure_first(torch.ones(5, dtype=torch.float64), torch.tensor([0, 0, 1, 1, 1]), entropy)
+    assert found.tolist() == pytest.approx([5, 0.375 / 0.7499, 5, 3 / 0.65, 3 / 7.8])
 
 
 # -------------------------------------------------------------------------------------------------- credit of tokens

@@ -1,5 +1,7 @@
 """Micro-batches must not show: weighted gradients and metrics equal those of the whole update."""
 
+import json
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from flowrl.algorithms.aggregate import Mode, aggregate, mass, merge_metrics, of_answers, share
 from flowrl.algorithms.flow_grpo import FlowGRPO
+from flowrl.update import Updater
 from tests.algorithms.toy import ToyPolicy, collect, gradient
 
 
@@ -32,6 +35,21 @@ def test_micro_batches_do_not_change_gradient_or_metrics(size):
     assert merged.keys() == whole.metrics.keys()
     for name, value in whole.metrics.items():
         torch.testing.assert_close(merged[name], value.to(merged[name]), rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_extremes_merge_as_such_and_means_by_what_they_are_means_of():
+    parts = [{"x_max": 3.0, "x_min": 1.0, "x": 1.0}, {"x_max": 2.0, "x_min": -1.0, "x": 5.0}]
+    told = [{name: torch.tensor(value) for name, value in part.items()} for part in parts]
+    found = merge_metrics(told, [dict.fromkeys(part, num) for part, num in zip(parts, (3.0, 1.0), strict=True)])
+    assert {name: float(value) for name, value in found.items()} == {"x_max": 3, "x_min": -1, "x": 2}
+
+
+def test_processes_merge_as_micro_batches_do():
+    parts = [{"x_max": 3.0, "x_min": 1.0, "x": 1.0}, {"x_max": 2.0, "x_min": -1.0, "x": 5.0}]
+    counts = [dict.fromkeys(part, num) for part, num in zip(parts, (3.0, 1.0), strict=True)]
+    told = [json.dumps(pair) for pair in zip(parts, counts, strict=True)]
+    updater = SimpleNamespace(engine=SimpleNamespace(world=2, gather_text=lambda text: told))
+    assert Updater._merge(updater, parts[0], counts[0]) == {"x_max": 3, "x_min": -1, "x": 2}
 
 
 # ------------------------------------------------------------------------------------------------ means over answers

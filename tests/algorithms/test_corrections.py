@@ -44,6 +44,15 @@ def test_weights_of_answers_are_products_over_their_tokens(level, weight, mode, 
     torch.testing.assert_close(found, MASK * torch.tensor(whole)[:, None])
 
 
+def test_weights_at_a_bound_are_kept():
+    log_weight = torch.tensor([[-0.7, 1.6, -0.70001, 1.60001]], dtype=torch.float64)
+    low, high = log_weight[0, :2].exp().tolist()
+    mask = torch.ones_like(log_weight, dtype=torch.bool)
+    for mode, kept in (("icepop", [True, True, False, False]), ("mis", [True, True, True, False])):
+        found = importance_weights(log_weight, mask, mode, "token", low, high)
+        assert torch.equal(found, log_weight.exp() * torch.tensor(kept)), mode
+
+
 @pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
 def test_weights_of_wild_engines_are_finite(level):
     log_weight = torch.tensor([[1e4, -1e4, torch.inf], [30.0, 30.0, 30.0]])
@@ -100,6 +109,12 @@ def test_k1_bounds_the_ratio_the_right_way_round():
     )
 
 
+def test_answers_at_a_bound_are_kept():
+    log_weight = torch.tensor([[-0.25], [0.5], [-0.26], [0.51]])
+    found = rejected(log_weight, torch.ones(4, 1, dtype=torch.bool), "mean_k1", -0.25, 0.5)
+    assert found.tolist() == [False, False, True, True]
+
+
 def test_only_bad_and_far_answers_are_left_out():
     log_ratio = torch.tensor([[-1.0, -0.5, 7.0], [-1.0, -0.5, 7.0], [-0.1, 0.0, 7.0], [1.0, 1.0, 7.0]])
     mask = torch.tensor([True, True, False]).expand(4, 3)
@@ -127,6 +142,15 @@ def test_metrics_are_estimates_over_the_engines_tokens():
     chi2 = float((pi.probs.square() / mu.probs).sum()) - 1
     assert found == {
         "is_weight_mean": pytest.approx(1), "is_weight_max": pytest.approx(2), "is_weight_min": pytest.approx(0.8),
-        "is_ess": pytest.approx(1 / (1 + chi2)), "is_kl": pytest.approx(float(kl_divergence(mu, pi))),
-        "is_chi2": pytest.approx(chi2), "is_masked_frac": pytest.approx(0.05),
+        "is_kl": pytest.approx(float(kl_divergence(mu, pi))), "is_chi2": pytest.approx(chi2),
+        "is_log_ppl_diff": pytest.approx(float(kl_divergence(mu, pi))), "is_masked_frac": pytest.approx(0.05),
     }  # fmt: skip
+
+
+def test_the_perplexities_differ_by_what_the_engine_likes_better():
+    """perplexity = exp(-mean log-prob): of pi_old and of the engine, over the tokens that count."""
+    generator = torch.Generator().manual_seed(0)
+    old, engine = -2 * torch.rand(2, 4, 6, generator=generator, dtype=torch.float64)
+    mask = torch.rand(4, 6, generator=generator) < 0.6
+    found = weight_metrics(old - engine, mask, mask.double())["is_log_ppl_diff"]
+    torch.testing.assert_close(found, (-old[mask].mean()).exp().log() - (-engine[mask].mean()).exp().log())

@@ -521,6 +521,35 @@ def test_cppo_equals_the_loop_for_answers_of_any_length():
     assert torch.equal(loss != 0, kept) and 0 < kept.sum() < len(kept)
 
 
+def test_cppo_has_the_papers_budget():
+    """Many answers of 30 tokens with small changes, at the defaults: early 0.8, budget 0.02 to 0.04, quantile 0.9."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.rand(60, 30, generator=generator, dtype=torch.float64)  # noqa: E731
+    # All of a size, some that are large, and few that are, whose answers get the least budget.
+    change = torch.cat([0.08 * draw(), 0.08 * draw().pow(4), 0.06 * draw().pow(12)])
+    mu = torch.full_like(change, 0.5)
+    pi = mu + change
+    expected = [cppo_by_loop(new, old, 1.0, 0.03, 0.8, 0.02) for new, old in zip(pi.tolist(), mu.tolist(), strict=True)]
+    known = {
+        "segment": torch.arange(180).repeat_interleave(30), "position": torch.arange(30).repeat(180),
+        "logprob": mu.log().flatten(),
+    }  # fmt: skip
+    edges = edges_of((pi.log() - mu.log()).flatten(), torch.ones(5400, dtype=torch.float64), **known)
+    loss, _ = objective("cppo_tv", edges, LIMITS._replace(trust=0.03))
+    assert (loss != 0).tolist() == sum(expected, [])
+
+
+def test_the_tv_region_ends_at_its_bound():
+    mu = torch.tensor([0.5, 0.5, 0.02, 0.9], dtype=torch.float64)
+    pi = mu + torch.tensor([0.0299, 0.0301, 0.0301, 0.0299], dtype=torch.float64)
+    for advantage, after in ((1.0, pi), (-1.0, 2 * mu - pi)):
+        keeps = torch.tensor([True, False, False, True]) if advantage > 0 else torch.tensor([True, False, True, True])
+        after = after.clamp(min=0.001)  # 0.02 cannot fall by more than 0.02
+        edges = edges_of(after.log() - mu.log(), torch.full_like(mu, advantage), logprob=mu.log())
+        loss, _ = objective("dppo_tv", edges, LIMITS._replace(trust=0.03))
+        assert torch.equal(loss != 0, keeps)
+
+
 def test_cppo_asks_for_the_places_of_the_tokens():
     with pytest.raises(ValueError, match="needs edges.position"):
         objective("cppo_tv", edges_of(torch.zeros(2), torch.ones(2), position=None), LIMITS)

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from flowrl.algorithms.aggregate import token_weights
+from flowrl.algorithms.aggregate import aggregate, merge_metrics, token_weights
 from flowrl.algorithms.cispo import CISPO
 from flowrl.algorithms.dapo import DAPO
 from flowrl.algorithms.dr_grpo import DrGRPO
@@ -16,18 +16,20 @@ from flowrl.algorithms.gpg import GPG
 from flowrl.algorithms.grpo import GRPO
 from flowrl.algorithms.gspo import GSPO
 from flowrl.algorithms.lite_ppo import LitePPO
-from flowrl.algorithms.objectives import NEEDS_MEANS, NEEDS_TRUST, Objective
+from flowrl.algorithms.objectives import NEEDS_MEANS, NEEDS_TRUST, Limits, Objective, objective
 from flowrl.algorithms.opmd import OPMD
 from flowrl.algorithms.opo import OPO
 from flowrl.algorithms.passk_grpo import PassKGRPO
 from flowrl.algorithms.ppo import PPO
 from flowrl.algorithms.reinforce_pp import ReinforcePP
 from flowrl.algorithms.reinforce_pp_baseline import ReinforcePPBaseline
+from flowrl.algorithms.remax import ReMax
 from flowrl.algorithms.rloo import RLOO
 from flowrl.algorithms.sapo import SAPO
 from flowrl.algorithms.schedule import AlgorithmError
 from flowrl.algorithms.token_dpo import TokenDPO
 from flowrl.algorithms.token_mpo import TokenMPO
+from flowrl.algorithms.token_policy_gradient import token_edges
 from tests.algorithms.words import V, Words, batch_of, gradient, live, moved, score, tokens_with, write
 
 NAN = float("nan")
@@ -55,10 +57,10 @@ GOLD = [[3, 3, 0], None, [1, 0], [3]]
 every = pytest.mark.parametrize("name", METHODS)
 
 
-def engine(batch, seed=5):
+def engine(batch, seed=5, by=0.4):
     """The batch as a foreign engine would have written it: its log-probs are near the policy's."""
     noise = torch.randn(batch.tokens.logprob.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return replace(batch, tokens=tokens_with(batch.tokens, behaviour=batch.tokens.logprob - 0.4 * noise))
+    return replace(batch, tokens=tokens_with(batch.tokens, behaviour=batch.tokens.logprob - by * noise))
 
 
 # -------------------------------------------------------------------------------------------------------- the update
@@ -125,6 +127,25 @@ def test_no_objective_depends_on_the_cut(name):
     value, grad = added(algorithm, policy, batch, order.split(3))
     torch.testing.assert_close(value, loss.value)
     torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["token_mean", "seq_mean_token_mean"])
+def test_no_metric_depends_on_the_cut(mode):
+    algorithm = GRPO(
+        aggregate=mode, clip_range=0.05, correction="mis", correction_high=1.2, off_policy_delta=0.05, kl_coef=0.1,
+        positive_sft_coef=0.1,
+    )  # fmt: skip
+    policy = Words()
+    batch = engine(live(batch_of(policy, algorithm)))
+    moved(policy)
+    whole = algorithm.loss(policy, batch)
+    assert 0 < whole.metrics["opsm_frac"] < 1 and 0 < whole.metrics["is_masked_frac"] < 1
+    for size in (1, 3):
+        order = torch.randperm(len(batch.tokens), generator=torch.Generator().manual_seed(0))
+        parts = [algorithm.loss(policy, batch.select(rows)) for rows in order.split(size)]
+        merged = merge_metrics([part.metrics for part in parts], [part.counts for part in parts])
+        for name, value in whole.metrics.items():
+            torch.testing.assert_close(merged[name].double(), value.double(), rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_the_longest_answer_of_a_part_does_not_matter():
@@ -290,6 +311,33 @@ def test_the_baseline_form_whitens_over_tokens():
     assert (found[8:12] == 0).all()
 
 
+def test_long_answers_weigh_more_in_opos_baseline():
+    """(4 + 8) / 20 = 0.6 for rewards 1 0 0 1 and lengths 4 2 6 8."""
+    batch = batch_of(Words(prompts=1), OPO())
+    batch.rewards = torch.tensor([1.0, 0, 0, 1])
+    batch.facts["tokens"] = torch.tensor([4.0, 2, 6, 8], dtype=torch.float64)
+    assert OPO().credit(batch).tolist() == pytest.approx([0.4, -0.6, -0.6, 0.4])
+
+
+def test_remax_leaves_out_what_it_has_no_baseline_for():
+    batch = batch_of(Words(), ReMax())
+    batch.rewards[1] = NAN
+    batch.facts["greedy"] = torch.tensor([0.4, NAN, 0.4, 0.4], dtype=torch.float64).repeat_interleave(4)
+    found = ReMax().credit(batch)
+    assert found.isnan().nonzero().flatten().tolist() == [1, 4, 5, 6, 7]
+    known = ~found.isnan()
+    torch.testing.assert_close(found[known], (batch.rewards - 0.4)[known].float())
+
+
+@pytest.mark.parametrize("algorithm", [GRPO(), ReMax(), PPO(), ReinforcePP()], ids=lambda a: type(a).__name__)
+def test_answers_without_a_token_of_the_policys_leave(algorithm):
+    batch = batch_of(Words(), algorithm)
+    mask = batch.tokens.mask.clone()
+    mask[5] = False
+    batch.tokens = tokens_with(batch.tokens, mask=mask)
+    assert algorithm.trained(batch).tolist() == [row != 5 for row in range(16)]
+
+
 def test_truncated_answers_leave_but_stay_in_the_statistics():
     policy = Words()
     batch = batch_of(policy, GRPO())
@@ -392,7 +440,7 @@ def test_the_terms_are_what_they_say():
     policy = Words(gold=GOLD)
     batch = live(batch_of(policy, GRPO()))
     moved(policy)
-    tokens, mask, credit = batch.tokens, batch.tokens.mask, batch.advantages
+    tokens, mask = batch.tokens, batch.tokens.mask
     stats = policy.evaluate(tokens, entropy=True)
     with torch.no_grad(), policy.reference():
         reference = policy.evaluate(tokens).logprob
@@ -402,7 +450,7 @@ def test_the_terms_are_what_they_say():
     expected = {
         ("kl_coef", 0.5): 0.5 * (reference - stats.logprob).expm1() - 0.5 * (reference - stats.logprob),
         ("entropy_coef", 0.5): -0.5 * stats.entropy,
-        ("positive_sft_coef", 0.5): -0.5 * stats.logprob * (credit > 0)[:, None],
+        ("positive_sft_coef", 0.5): -0.5 * stats.logprob * (batch.rewards > 0.9)[:, None],
         ("perception_coef", 0.5): -0.5 * (gap.expm1() - gap),
         ("perception_entropy", 0.5): 0.5 * (stats.entropy + blind.entropy),
     }
@@ -412,6 +460,43 @@ def test_the_terms_are_what_they_say():
         torch.testing.assert_close(value, wanted, msg=field)
         grads = torch.autograd.grad(wanted, [policy.table, policy.seen], retain_graph=True)
         torch.testing.assert_close(grad, flat(grads), rtol=1e-6, atol=1e-9, msg=field)
+
+
+@pytest.mark.parametrize("algorithm", [GRPO, PPO])
+def test_right_answers_are_imitated(algorithm):
+    """Of the first prompt's answers those with a reward of 1 or more, to within rounding, in groups of any kind."""
+    policy = Words(prompts=2)
+    batch = live(batch_of(policy, algorithm()))
+    batch.rewards = torch.tensor([1.0, 1 - 1e-7, 1.5, 0.99, 1, 1, 1, 1], dtype=torch.float64)
+    batch.advantages = algorithm().credit(batch).double()
+    right = torch.tensor([True, True, True, False, True, True, True, True])
+    moved(policy)
+    mask, logprob = batch.tokens.mask, policy.evaluate(batch.tokens).logprob
+    losses = [algorithm(positive_sft_coef=coef).loss(policy, batch).value for coef in (0.5, 0.0)]
+    weight = token_weights(mask, algorithm().aggregate)
+    torch.testing.assert_close(losses[0] - losses[1], -0.5 * (weight * logprob * right[:, None]).sum())
+    strict = algorithm(positive_sft_coef=0.5, positive_sft_reward=1.5).loss(policy, batch).metrics["positive_sft"]
+    torch.testing.assert_close(strict, -(weight * logprob)[2].sum().detach())
+
+
+def test_wrong_answers_are_not_imitated_whatever_their_tokens_are_worth():
+    """Whitened returns of a critic are positive somewhere, though every answer is wrong."""
+    algorithm, policy = PPO(lam=0.5, positive_sft_coef=0.5), Words(prompts=1)
+    batch = batch_of(policy, algorithm)
+    batch.rewards = torch.zeros(4, dtype=torch.float64)
+    batch.advantages = algorithm.credit(batch).double()
+    assert (batch.advantages > 0).any()
+    assert algorithm.loss(policy, batch).metrics["positive_sft"] == 0
+
+
+def test_replayed_answers_are_right_where_their_advantage_is_positive():
+    """Their rewards are not kept."""
+    policy = Words()
+    batch = live(batch_of(policy, GRPO()))
+    batch.rewards, batch.advantages[0] = None, 0.0
+    found = GRPO(positive_sft_coef=0.5).loss(policy, batch).metrics["positive_sft"]
+    logprob = policy.evaluate(batch.tokens).logprob.detach()
+    torch.testing.assert_close(found, seq_mean(-logprob * (batch.advantages > 0)[:, None], batch.tokens.mask))
 
 
 def test_chord_imitates_the_worked_answers():
@@ -474,8 +559,18 @@ def test_weights_of_a_foreign_engine_multiply_the_loss():
         algorithm = GRPO(objective="reinforce", correction=mode, correction_low=0.8, correction_high=1.2)
         loss = algorithm.loss(policy, batch)
         torch.testing.assert_close(loss.value, seq_mean(plain * weight, tokens.mask))
-        assert "is_ess" in loss.metrics
-    assert "is_ess" not in GRPO().loss(policy, replace(batch, tokens=tokens_with(tokens, behaviour=None))).metrics
+        assert "is_chi2" in loss.metrics
+    assert "is_chi2" not in GRPO().loss(policy, replace(batch, tokens=tokens_with(tokens, behaviour=None))).metrics
+
+
+@pytest.mark.parametrize(("mode", "usual", "other"), [("tis", 2.0, 5.0), ("mis", 2.0, 5.0), ("icepop", 5.0, 2.0)])
+def test_every_correction_has_a_usual_bound(mode, usual, other):
+    policy = Words()
+    batch = engine(live(batch_of(policy, GRPO())), by=1.0)
+    found, same, differs = (
+        GRPO(correction=mode, correction_high=high).loss(policy, batch).value for high in (None, usual, other)
+    )
+    assert found == same != differs
 
 
 def test_the_engine_itself_may_be_the_old_policy():
@@ -484,9 +579,9 @@ def test_the_engine_itself_may_be_the_old_policy():
     batch = engine(live(batch_of(policy, GRPO())))
     moved(policy)
     other = replace(batch, tokens=tokens_with(batch.tokens, logprob=batch.tokens.behaviour, behaviour=None))
-    for objective, extra in (("clip", {}), ("drpo", {"trust": 0.1})):
-        found = GRPO(objective=objective, correction="bypass", **extra).loss(policy, batch)
-        expected = GRPO(objective=objective, **extra).loss(policy, other)
+    for name, extra in (("clip", {}), ("drpo", {"trust": 0.1})):
+        found = GRPO(objective=name, correction="bypass", **extra).loss(policy, batch)
+        expected = GRPO(objective=name, **extra).loss(policy, other)
         torch.testing.assert_close(found.value, expected.value)
 
 
@@ -513,7 +608,47 @@ def test_bad_answers_that_are_far_away_can_be_left_out():
     loss = GRPO(objective="reinforce", off_policy_delta=0.1).loss(policy, batch)
     expected = seq_mean(-batch.advantages[:, None] * (1 + log_ratio) * ~gone[:, None], tokens.mask)
     torch.testing.assert_close(loss.value, expected)
-    assert float(loss.metrics["opsm_frac"]) == pytest.approx(float(gone.double().mean()))
+    share = (gone * tokens.lengths).sum() / tokens.lengths.sum()
+    assert float(loss.metrics["opsm_frac"]) == pytest.approx(float(share))
+
+
+def test_far_away_is_far_from_who_wrote_it():
+    """log(mu / pi) of the engine, not of the old policy, for the same answers."""
+    policy = Words()
+    batch = engine(live(batch_of(policy, GRPO())))
+    moved(policy, 0.5)
+    tokens, bad = batch.tokens, batch.advantages < 0
+    log_ratio = (policy.evaluate(tokens).logprob - tokens.logprob).where(tokens.mask, 0.0)
+    drift = (tokens.behaviour - tokens.logprob).where(tokens.mask, 0.0)
+    gone, otherwise = ((far.sum(1) / tokens.lengths > 0.1) & bad for far in (drift - log_ratio, -log_ratio))
+    assert gone.any() and not torch.equal(gone, otherwise)
+    loss = GRPO(objective="reinforce", correction=None, off_policy_delta=0.1).loss(policy, batch)
+    expected = seq_mean(-batch.advantages[:, None] * (1 + log_ratio) * ~gone[:, None], tokens.mask)
+    torch.testing.assert_close(loss.value, expected)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "limits"),
+    [
+        (SAPO(tau_pos=0.5, tau_neg=2.0), Limits(0.2, 0.2, 0.2, tau_pos=0.5, tau_neg=2.0)),
+        (GRPO(objective="dual_clip", dual_clip=10.0), Limits(0.2, 0.2, 0.2, dual=10.0)),
+        (GRPO(objective="clip", clip_range=(0.1, 0.4)), Limits(0.1, 0.4, 0.2)),
+        (GRPO(objective="dppo_tv"), Limits(0.2, 0.2, trust=0.2)),
+        (GRPO(objective="dppo_tv", trust=0.05), Limits(0.2, 0.2, trust=0.05)),
+    ],
+)
+def test_the_settings_reach_the_objective(algorithm, limits):
+    """Ratios up to exp(3), of enough tokens that each of them matters."""
+    policy = Words(prompts=16)
+    batch = live(batch_of(policy, algorithm))
+    moved(policy)
+    noise = 3 * torch.rand(batch.tokens.ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch.tokens = tokens_with(batch.tokens, logprob=batch.tokens.logprob - noise)
+    tokens, mask = batch.tokens, batch.tokens.mask
+    edges = token_edges(tokens, policy.evaluate(tokens).logprob, tokens.logprob, batch.advantages[:, None] * mask)
+    each, _ = objective(algorithm.objective, edges, limits)
+    expected = aggregate(torch.zeros_like(tokens.logprob).masked_scatter(mask, each), mask, algorithm.aggregate)
+    torch.testing.assert_close(algorithm.loss(policy, batch).value, expected)
 
 
 def test_a_stored_reference_is_not_asked_for_again():
@@ -570,6 +705,16 @@ def test_the_critic_has_a_lambda_and_a_clip_of_its_own():
         loss = PPO(value_clip=clip).loss(policy, batch)
         expected = 0.5 * error.where(mask, 0.0).sum() / mask.sum()
         torch.testing.assert_close(loss.metrics["value_loss"], expected.detach())
+
+
+def test_the_critic_expects_what_the_policy_is_rewarded_with():
+    """kl_in_reward is in its targets: the reward and the KL that follow, from each token on."""
+    algorithm, policy = PPO(kl_in_reward=0.2), moved(Words())
+    batch = live(batch_of(policy, algorithm))
+    kl = (batch.tokens.logprob - batch.reference).where(batch.tokens.mask, 0.0)
+    assert kl.abs().max() > 0.1
+    following = batch.rewards[:, None] - 0.2 * kl.flip(1).cumsum(1).flip(1)
+    torch.testing.assert_close(algorithm.targets(batch), following * batch.tokens.mask)
 
 
 def test_long_answers_trust_the_rewards_more():
@@ -678,7 +823,8 @@ def test_token_mpo_compares_quality_with_the_shift_of_the_iteration():
         ({"aggregate": "seq_mean_token_sum_norm"}, "set algorithm.horizon"),
         ({"horizon": 100}, "set algorithm.horizon"),
         ({"clip_range": (0.0, 0.2)}, "low = 1 is no lower bound"),
-        ({"correction": "icepop", "correction_low": 3.0}, "is not below correction_high"),
+        ({"correction": "icepop", "correction_low": 5.0}, "correction_low=5 is not below correction_high=5"),
+        ({"correction": "icepop", "correction_low": 3.0, "correction_high": 2.0}, "is not below correction_high=2"),
         ({"reject_range": (1.0, 0.5)}, "must be rising"),
         ({"sft_coef": 1.5}, "lies in"),
         ({"mean": "none", "baseline": "leave_one_out"}, "mean=none has none"),

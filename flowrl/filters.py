@@ -404,8 +404,9 @@ class Refill:
             return None
         return (
             f"warning: data.filters kept none of {self.drawn} groups in {len(self.tries)} tries, so this iteration "
-            "trains on nothing. If that goes on, the prompts are too easy or too hard for this policy, or the filters "
-            "too strict: look at dead_low and dead_high, loosen data.filters, or raise data.max_tries."
+            "trains on nothing. If that goes on, the prompts are too easy or too hard for this policy, the filters too "
+            "strict, or the rewards have no verdict: look at dead_low, dead_high and score_no_verdict, loosen "
+            "data.filters, or raise data.max_tries."
         )
 
     @property

@@ -66,15 +66,12 @@ def test_a_config_is_checked_and_shown(command, config_file, tmp_path):
     assert config.optimizer.lr == 0.5 and config.rewards[0].weight == 2
 
 
-def test_every_config_in_the_repository_can_be_read(command, monkeypatch):
+def test_a_config_of_the_repository_can_be_shown_and_checked(command, monkeypatch):
+    """That all of them can be read is the business of test_configs."""
     monkeypatch.chdir(ROOT)
-    paths = sorted(Path("configs").rglob("*.yaml"))
-    assert Path("configs/quickstart.yaml") in paths
-    for path in paths:
-        if path.name != "base.yaml":
-            code, _, err = command("config", "show", path)
-            assert code == 0, err
-    assert command("config", "check", "configs/quickstart.yaml")[0] == 0
+    for word in ("show", "check"):
+        code, _, err = command("config", word, "configs/quickstart.yaml")
+        assert code == 0, err
 
 
 def test_a_plan_says_what_a_run_costs_and_starts_nothing(command, config_file, tmp_path):

@@ -63,9 +63,12 @@ each = {"ids": lambda path: str(path.relative_to("configs").with_suffix(""))}
 
 
 def runs_always(path: Path) -> bool:
-    """The quickstarts, every base and first config of a model, all of models that write, one of each other method."""
+    """The quickstarts, every base and first config of a model, one of each method of media.
+
+    tests/vlm trains the methods for answers.
+    """
     first = path.stem.endswith("base") or TRY.search(lines_of(path)) is not None
-    return first or path.parent.name in ("configs", "vlm") or path in OF_A_METHOD
+    return first or path.stem == "quickstart" or path.parent.name == "configs" or path in OF_A_METHOD
 
 
 @pytest.fixture(scope="module")

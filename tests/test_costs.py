@@ -118,6 +118,7 @@ def test_the_plan_of_a_run_tells_people_its_numbers(make_config):
 SHAPES = sorted(path for path in (ROOT / "configs" / "shapes").glob("*.yaml") if path.stem != "base")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
 def test_every_method_costs_what_is_announced(trainer, path):
     check_costs(trainer, path, update="auto")

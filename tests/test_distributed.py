@@ -272,7 +272,10 @@ def spied(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("prompts", "method"), [(3, "flow_grpo"), (4, "mix_grpo, shared noise")])
+@pytest.mark.parametrize(
+    ("prompts", "method"),
+    [(4, "mix_grpo, shared noise"), pytest.param(3, "flow_grpo", marks=pytest.mark.exhaustive)],
+)
 def test_two_processes_give_the_samples_and_weights_of_one(trainer, config_file, tmp_path, prompts, method):
     options, seen = {}, {}
     for name in ("one", "two"):

@@ -149,7 +149,13 @@ def published(size, folder):
     return folder
 
 
-@pytest.mark.parametrize(("size", "billions"), [("sd35m", 2.24), ("flux", 11.9), ("wan13b", 1.42)])
+@pytest.mark.parametrize(
+    ("size", "billions"),
+    [
+        ("sd35m", 2.24),
+        *(pytest.param(*size, marks=pytest.mark.exhaustive) for size in (("flux", 11.9), ("wan13b", 1.42))),
+    ],
+)
 def test_a_plan_of_a_published_size_needs_no_weights(size, billions, tmp_path, capsys):
     from typer.testing import CliRunner
 

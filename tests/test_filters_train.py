@@ -75,6 +75,7 @@ def kept_of(trainer, batch):
 # ------------------------------------------------------------------------------------------------ refill
 
 
+@pytest.mark.one_in(2)
 @every_method
 @pytest.mark.parametrize("updates", [1, 2])
 def test_two_tries_are_one_larger_iteration(trainer, options, method, updates):

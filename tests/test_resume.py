@@ -125,6 +125,7 @@ def assert_equal_folders(one, other):
 # ------------------------------------------------------------------------------------------------ stop and go on
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize(("at", "name", "code"), [(1, "SIGTERM", 143), (2, "SIGINT", 130)])
 def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_bits(

@@ -418,4 +418,11 @@ def _question(case: Case, rng: random.Random) -> Question:
 
 def rows(split: str, kinds: Sequence[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
     """The questions of a split as (text, {"images": [picture], **metadata}), for a loader of prompts."""
-    return [(q.text, {"images": [q.picture], **q.metadata}) for q in questions(split, kinds)]
+    asked = _whole(split, None if kinds is None else tuple(kinds))
+    return [(q.text, {"images": [q.picture], **q.metadata}) for q in asked]
+
+
+@lru_cache(maxsize=4)
+def _whole(split: str, kinds: tuple[str, ...] | None) -> list[Question]:
+    """A split is drawn once, though a config is checked, planned and run: nobody changes a picture."""
+    return questions(split, kinds)

@@ -222,6 +222,7 @@ def attention_runs(model):
     return runs
 
 
+@pytest.mark.one_in(2)
 def test_gradient_checkpointing_runs_blocks_twice_and_changes_no_gradient(model):
     found, runs = [], []
     for checkpointing in (False, True):
@@ -327,7 +328,7 @@ def check_export(policy, folder, monkeypatch):
     assert torch.allclose(theirs.float(), ours, atol=1e-5 * size), float((theirs - ours).abs().max()) / size
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(len(FORMATS))
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_exported_adapter_draws_the_same(model, form, tmp_path, monkeypatch):
     policy = adapted(model)
@@ -343,7 +344,7 @@ def test_an_exported_adapter_draws_the_same(model, form, tmp_path, monkeypatch):
     check_export(policy, folder, monkeypatch)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(len(FORMATS))
 @pytest.mark.parametrize("form", FORMATS)
 def test_exported_weights_draw_the_same(model, form, tmp_path, monkeypatch):
     policy = changed(model)
@@ -354,6 +355,7 @@ def test_exported_weights_draw_the_same(model, form, tmp_path, monkeypatch):
     check_export(policy, policy.export(tmp_path / "weights", form=form), monkeypatch)
 
 
+@pytest.mark.one_in(2)
 def test_exported_weights_are_read_again(model, tmp_path):
     text = prompts(model)[:1]
     for make in (adapted, changed):
@@ -384,7 +386,7 @@ def test_a_step_changes_what_is_trained_and_nothing_else(model, make):
         assert moved <= learns and len(moved) > len(learns) / 2, (name, learns - moved)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("make", [adapted, changed])
 def test_a_state_goes_on_bit_by_bit(model, make):
     policy, other = make(model), make(model, seed=1)

@@ -428,7 +428,8 @@ def test_copies_of_a_server_share_the_work_and_stand_in_for_each_other():
     with FaultServer(answer(good)) as one, FaultServer(unless("prompt 3", status(503))) as two:
         made = remote([f"{one.url}/r", f"{two.url}/r"], request_size=1)
         assert made.score(batch(12)).value.tolist() == list(range(12))
-        assert len(one.requests) > 1 and len(two.requests) > 1, "both were asked, though not how often"
+        asked = [[request.method for request in server.requests].count("POST") for server in (one, two)]
+        assert min(asked) >= 1, "both were asked, though not how often"
     with pytest.raises(RewardError, match="name different rewards: a, b"):
         Remote(["http://127.0.0.1:1/a", "http://127.0.0.1:1/b"])
 

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from rewards.contract import short
 from rewards.types import RewardError
 
 MOST_CHARACTERS = 1 << 17
@@ -155,7 +156,7 @@ class Winner:
         found = _object(answer_of(reply.text, self.tag))
         winner, categories = self._read(found, "winner"), found.get("categories")
         if not isinstance(categories, list) or not categories:
-            raise Unreadable(f'"categories" is {_short(categories)}; expected a list of objects')
+            raise Unreadable(f'"categories" is {short(categories)}; expected a list of objects')
         share = _mean([self._read(category, "cat_winner") for category in categories])
         parts = {"winner": winner, "categories": share}
         return Verdict((1 - self.blend) * winner + self.blend * share, parts)
@@ -164,7 +165,7 @@ class Winner:
         named = where.get(key) if isinstance(where, Mapping) else None
         side = _side(named, self.first, self.second, self.tie) if isinstance(named, str) else None
         if side is None:
-            raise Unreadable(f'"{key}" is {_short(named)}; expected {self.first[0]!r}, {self.second[0]!r} or a tie')
+            raise Unreadable(f'"{key}" is {short(named)}; expected {self.first[0]!r}, {self.second[0]!r} or a tie')
         return side
 
 
@@ -188,7 +189,7 @@ class Numbers:
         """One part a name."""
         found = _object(answer_of(reply.text, self.tag)).get(self.key)
         if not isinstance(found, list) or len(found) != len(self.names) or not all(map(is_number, found)):
-            raise Unreadable(f'"{self.key}" is {_short(found)}; expected a list of {len(self.names)} numbers')
+            raise Unreadable(f'"{self.key}" is {short(found)}; expected a list of {len(self.names)} numbers')
         parts = {
             name: _within(float(number), f'"{self.key}"', self.scale)
             for name, number in zip(self.names, found, strict=True)
@@ -220,7 +221,7 @@ class Pattern:
         said = [match[1] for match in re.finditer(self.pattern, answer, re.MULTILINE)]
         broken = [each for each in said if re.fullmatch(_NUMBER, each or "") is None]
         if broken:
-            raise Unreadable(f"the pattern finds {_short(broken[0])}, which is no number")
+            raise Unreadable(f"the pattern finds {short(broken[0])}, which is no number")
         value = _only({float(each) for each in said}, f"what the pattern {self.pattern!r} finds", self.scale, answer)
         return Verdict(_fraction(value, self.scale), {"score": value})
 
@@ -383,12 +384,7 @@ def _ending(text: str) -> str:
     """What an answer says in the end, where verdicts stand."""
     lines = text.split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), None)
-    return "the answer is empty" if last is None else f"the answer ends in {_short(last)}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return "the answer is empty" if last is None else f"the answer ends in {short(last)}"
 
 
 # ------------------------------------------------------------------------------------------------ checks of options

@@ -117,7 +117,7 @@ def _numbers(returned: Any, count: int, name: str) -> list[float]:
         mend = "return Scores(value=..., parts=...) to report components" if isinstance(returned, Mapping) else ""
         if isinstance(returned, Real):
             mend = "return a list of one score per sample, also when there is only one sample"
-        _refuse(name, f"{type(returned).__name__} {_short(returned)}", f"a list or tensor of {count} numbers", mend)
+        _refuse(name, f"{type(returned).__name__} {short(returned)}", f"a list or tensor of {count} numbers", mend)
     if len(returned) != count:
         mend = "return the scores in the order of the samples; NaN or None for a sample without a verdict"
         _refuse(name, f"{len(returned)} scores", f"{count}, one per sample", mend)
@@ -131,13 +131,14 @@ def _number(item: Any, index: int, name: str) -> float:
         item = item.item()
     if isinstance(item, bool) or not isinstance(item, Real):
         mend = "use float(...) if the answer really is yes or no" if isinstance(item, bool) else "use float(...)"
-        _refuse(name, f"{type(item).__name__} {_short(item)} for sample {index}", "a number", mend)
+        _refuse(name, f"{type(item).__name__} {short(item)} for sample {index}", "a number", mend)
     return float(item)
 
 
-def _short(value: object) -> str:
+def short(value: object, most: int = 80) -> str:
+    """A value as messages quote it: its repr, cut off after `most` characters."""
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _refuse(name: str, returned: str, expected: str, mend: str) -> NoReturn:

@@ -38,6 +38,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from rewards.contract import short
 from rewards.folder import IMAGES, picture, read
 from rewards.functions import nearest
 from rewards.types import RewardError, Sample
@@ -210,19 +211,19 @@ class _Reader:
     def medium(self, root: Path, name: Any, place: str, key: str) -> Medium:
         """A file or a folder of frames below `root`; RewardError if there is no such thing there."""
         if not isinstance(name, str) or not name.strip():
-            raise RewardError(f'{place}: "{key}" is {_short(name)}; expected the name of a file below {root}')
+            raise RewardError(f'{place}: "{key}" is {short(name)}; expected the name of a file below {root}')
         try:
             top, path = Path(os.path.realpath(root)), Path(os.path.realpath(root / name))
         except ValueError as error:  # characters that no file's name can have
-            raise RewardError(f'{place}: "{key}" is {_short(name)}, not the name of a file') from error
+            raise RewardError(f'{place}: "{key}" is {short(name)}, not the name of a file') from error
         if not path.is_relative_to(top):
             raise RewardError(
-                f'{place}: "{key}" names {_short(name)}, which lies outside of {root}. '
+                f'{place}: "{key}" names {short(name)}, which lies outside of {root}. '
                 f"Copy it there, or give the folder that holds it with {_IMAGES}."
             )
         if not path.exists():
             raise RewardError(
-                f'{place}: "{key}" names {_short(name)}, which does not exist below {root}. '
+                f'{place}: "{key}" names {short(name)}, which does not exist below {root}. '
                 f"Put it there, or give its folder with {_IMAGES}."
             )
         return _File(path, self.fps)
@@ -311,12 +312,12 @@ def _native_row(reader: _Reader, root: Path, place: str, row: Mapping[str, Any])
     prompt = _text(place, row, "prompt")
     meta = row.get("meta") or {}
     if not isinstance(meta, dict):
-        raise RewardError(f'{place}: "meta" is {_short(meta)}; expected an object, or leave it out')
+        raise RewardError(f'{place}: "meta" is {short(meta)}; expected an object, or leave it out')
     labels = {key: _name(place, row, key) for key in ("dim", "category")}
 
     def item(name: Any, key: str, model: Any) -> Item:
         if model is not None and not isinstance(model, str):
-            raise RewardError(f'{place}: the model of "{key}" is {_short(model)}; expected a name')
+            raise RewardError(f'{place}: the model of "{key}" is {short(model)}; expected a name')
         return Item(medium=reader.medium(root, name, place, key), prompt=prompt, meta=meta, model=model)
 
     if "items" not in row:
@@ -325,7 +326,7 @@ def _native_row(reader: _Reader, root: Path, place: str, row: Mapping[str, Any])
     names, rank = _list(place, row, "items"), _ranks(place, row, "rank", len(_list(place, row, "items")))
     models = row.get("models") or [None] * len(names)
     if not isinstance(models, list) or len(models) != len(names):
-        raise RewardError(f'{place}: "models" is {_short(models)}; expected one name for each of {len(names)} items')
+        raise RewardError(f'{place}: "models" is {short(models)}; expected one name for each of {len(names)} items')
     items = tuple(item(name, "items", model) for name, model in zip(names, models, strict=True))
     return Ranking(items=items, rank=rank, place=place, **labels)
 
@@ -338,11 +339,11 @@ def _preference(place: str, row: Mapping[str, Any]) -> float:
     if "label" in row:
         label = row["label"]
         if isinstance(label, bool) or label not in (1, -1, 0):
-            raise RewardError(f'{place}: "label" is {_short(label)}; expected 1 (a is better), -1 (b) or 0 (a tie)')
+            raise RewardError(f'{place}: "label" is {short(label)}; expected 1 (a is better), -1 (b) or 0 (a tie)')
         return (1 + float(label)) / 2
     chance = row["p_a"]
     if not _is_number(chance) or not 0 <= chance <= 1:
-        raise RewardError(f'{place}: "p_a" is {_short(chance)}; expected the share that preferred a, from 0 to 1')
+        raise RewardError(f'{place}: "p_a" is {short(chance)}; expected the share that preferred a, from 0 to 1')
     return float(chance)
 
 
@@ -353,7 +354,7 @@ def _store(reader: _Reader) -> Rows:
     for place, row in _jsonl(file):
         meta = row.get("metadata") or {}
         if not isinstance(meta, dict):
-            raise RewardError(f'{place}: "metadata" is {_short(meta)}; expected an object, or leave it out')
+            raise RewardError(f'{place}: "metadata" is {short(meta)}; expected an object, or leave it out')
         a, b = (
             Item(
                 medium=reader.medium(root, _need(place, row, side), place, side),
@@ -381,7 +382,7 @@ def _pickapic(reader: _Reader) -> Rows:
             continue
         label = _need(place, row, "label_0")
         if label not in (0, 0.5, 1):
-            raise RewardError(f'{place}: "label_0" is {_short(label)}; expected 0, 0.5 or 1')
+            raise RewardError(f'{place}: "label_0" is {short(label)}; expected 0, 0.5 or 1')
         a, b = (
             Item(
                 medium=medium((f"jpg_{side}", f"image_{side}", f"image_{side}_uid")),
@@ -401,7 +402,7 @@ def _genai(reader: _Reader) -> Rows:
     for place, row, medium in _rows(reader, columns, "left_image", "left_output_image", "left_video"):
         vote = _need(place, row, "vote_type")
         if not isinstance(vote, str) or vote not in votes:
-            raise RewardError(f'{place}: "vote_type" is {_short(vote)}; expected one of {", ".join(votes)}')
+            raise RewardError(f'{place}: "vote_type" is {short(vote)}; expected one of {", ".join(votes)}')
         edits = "instruct_prompt" in row
         attached = {"source": medium(("source_image",))} if edits else {}
         a, b = (
@@ -467,7 +468,7 @@ def _mmrb2(reader: _Reader) -> Rows:
     for place, row in _items(reader.source, data.get("pairs") if isinstance(data, dict) else data):
         chosen = _need(place, row, "chosen")
         if chosen not in ("A", "B"):
-            raise RewardError(f'{place}: "chosen" is {_short(chosen)}; expected "A" or "B"')
+            raise RewardError(f'{place}: "chosen" is {short(chosen)}; expected "A" or "B"')
         texts, sources = _content(place, row, "prompt_content")
         responses = [_need(place, row, key) for key in ("response_a", "response_b")]
         images = [_content(place, response, "response_content")[1] for response in responses]
@@ -491,7 +492,7 @@ def _content(place: str, row: Any, key: str) -> tuple[list[str], list[str]]:
     """Texts and image names of a list of ["text" | "image", content]."""
     parts = row.get(key) if isinstance(row, dict) else None
     if not isinstance(parts, list) or not all(isinstance(part, list) and len(part) == 2 for part in parts):
-        raise RewardError(f'{place}: "{key}" is {_short(parts)}; expected a list of ["text", ...] and ["image", ...]')
+        raise RewardError(f'{place}: "{key}" is {short(parts)}; expected a list of ["text", ...] and ["image", ...]')
     return ([str(said) for kind, said in parts if kind == "text"], [said for kind, said in parts if kind == "image"])
 
 
@@ -610,7 +611,7 @@ def _parse(place: str, text: str) -> Any:
 
 def _object(place: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise RewardError(f"{place}: expected an object, found {_short(row)}")
+        raise RewardError(f"{place}: expected an object, found {short(row)}")
     return row
 
 
@@ -623,21 +624,21 @@ def _need(place: str, row: Mapping[str, Any], key: str) -> Any:
 def _text(place: str, row: Mapping[str, Any], key: str) -> str:
     value = _need(place, row, key)
     if not isinstance(value, str):
-        raise RewardError(f'{place}: "{key}" is {_short(value)}; expected text')
+        raise RewardError(f'{place}: "{key}" is {short(value)}; expected text')
     return value
 
 
 def _name(place: str, row: Mapping[str, Any], key: str) -> str | None:
     value = row.get(key)
     if value is not None and not isinstance(value, str):
-        raise RewardError(f'{place}: "{key}" is {_short(value)}; expected a name, or leave it out')
+        raise RewardError(f'{place}: "{key}" is {short(value)}; expected a name, or leave it out')
     return value
 
 
 def _list(place: str, row: Mapping[str, Any], key: str) -> list[Any]:
     value = _need(place, row, key)
     if not isinstance(value, list) or len(value) < 2:
-        raise RewardError(f'{place}: "{key}" is {_short(value)}; expected a list of two or more items')
+        raise RewardError(f'{place}: "{key}" is {short(value)}; expected a list of two or more items')
     return value
 
 
@@ -645,7 +646,7 @@ def _ranks(place: str, row: Mapping[str, Any], key: str, count: int) -> tuple[fl
     value = _need(place, row, key)
     if not isinstance(value, list) or len(value) != count or not all(map(_is_number, value)):
         raise RewardError(
-            f'{place}: "{key}" is {_short(value)}; expected {count} numbers, one for each of the {count} items, '
+            f'{place}: "{key}" is {short(value)}; expected {count} numbers, one for each of the {count} items, '
             "where a lower one is better"
         )
     return tuple(float(rank) for rank in value)
@@ -653,11 +654,6 @@ def _ranks(place: str, row: Mapping[str, Any], key: str, count: int) -> tuple[fl
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # ------------------------------------------------------------------------------------------------ media
@@ -695,7 +691,7 @@ class _Cell:
         data = value.get("bytes") if isinstance(value, dict) else value
         try:
             if not isinstance(data, bytes):
-                raise ValueError(f"found {_short(value)}, no bytes of a picture")
+                raise ValueError(f"found {short(value)}, no bytes of a picture")
             return picture(data), None
         except (OSError, ValueError, SyntaxError) as error:
             place = f"{self.table.file}:{self.row + 1}"

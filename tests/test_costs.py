@@ -124,7 +124,7 @@ def test_every_method_costs_what_is_announced(trainer, path):
     check_costs(trainer, path, update="auto")
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
 def test_so_does_every_method_that_computes_anew(trainer, path):
     check_costs(trainer, path, update="recompute")

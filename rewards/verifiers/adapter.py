@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from rewards.combine import Rule, combine, make_rule
-from rewards.contract import Sheet, as_scores
+from rewards.contract import Sheet, as_scores, short
 from rewards.functions import label, nearest
 from rewards.hub import HubResult
 from rewards.scorer import NanWatch
@@ -40,8 +40,6 @@ from rewards.verifiers.types import Answer, TextReward
 KEYS = ("use", "name", "weight", "norm", "gate", "min_std", "when", "only_where", "on_error")
 """Keys of an entry; every other one is an option of the verifier."""
 _ROUNDING = 1e-5
-_SHOWN = 60
-"""Characters of a question that a message quotes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -213,7 +211,7 @@ class Verifiers:
         for row in (~torch.stack(counted).any(0)).nonzero().flatten().tolist():
             keys = {key: batch[row].meta.get(key) for entry in self._entries.values() for key in entry.when}
             raise RewardContractError(
-                f"no weighted verifier is for number {row}, {_short(batch[row].prompt)}, whose metadata have {keys}. "
+                f"no weighted verifier is for number {row}, {short(batch[row].prompt)}, whose metadata have {keys}. "
                 "Mend: name these values in the `when` of an entry, or add an entry without `when`."
             )
 
@@ -243,10 +241,6 @@ class Verifiers:
         if (name, kind) not in self._warned:
             self._warned.add((name, kind))
             warnings.warn(message, stacklevel=2)
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
 def _checked(answers: Sequence[Answer]) -> list[Answer]:

@@ -204,7 +204,7 @@ def iterate(trainer):
 # ------------------------------------------------------------------------------------------------ families and methods
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_family_learns_by_a_method_of_every_kind(name, kind, run, conditions):

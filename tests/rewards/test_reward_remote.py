@@ -226,7 +226,7 @@ def test_a_fault_costs_its_own_request_only_and_ends_before_the_deadline(name):
         scores = made.score(batch(8))
         seconds = watch.stop()
         made.unload()
-    assert seconds < 0.6 + 0.3
+    assert seconds < 0.6 + 1.5, "fifty retries would take longer, also on a machine that does something else besides"
     assert scores.value.isnan().tolist() == [False, False, True, True, False, False, False, False]
     assert scores.value[[0, 1, 4, 5, 6, 7]].tolist() == [0, 1, 4, 5, 6, 7]
     for row, info in enumerate(scores.info):

@@ -95,6 +95,7 @@ class TextActor:
         if sound:
             try:
                 hub = Verifiers([verifier_entry(entry) for entry in config.rewards])
+                hub.close()  # it is asked for routes and names alone
                 yield from _headline_problems(config, hub)
             except RewardError as error:
                 yield ("rewards",), str(error)
@@ -125,12 +126,7 @@ class TextActor:
         except ValueError as error:
             yield ("data", "on_dead_group"), str(error)
         yield from filter_problems(config)
-        absent = list(folder_problems(config))
-        yield from absent
-        try:
-            check_path(config.model.path)
-        except ModelError as error:
-            yield from () if absent else [(("model", "path"), str(error))]
+        yield from _path_problems(config)
 
     @staticmethod
     def notes(config: Config) -> Iterator[str]:
@@ -433,6 +429,17 @@ def described(config: Config, policy: TextPolicy, world: int) -> list[tuple[str,
         ("trainable", f"{policy.num_trainable:,} parameters"),
         ("length", f"{config.iterations} iterations on {world} process{'es' if world > 1 else ''}"),
     ]
+
+
+def _path_problems(config: Config) -> Iterator[tuple[Key, str]]:
+    """A model's path that can be none."""
+    if absent := list(folder_problems(config)):
+        yield from absent
+        return
+    try:
+        check_path(config.model.path)
+    except ModelError as error:
+        yield ("model", "path"), str(error)
 
 
 def _gaps(hub: Verifiers | None, asked: Sequence[Prompt]) -> list[str]:

@@ -36,6 +36,30 @@ def test_a_smoke_run_saves_resumes_and_exports(config, tmp_path, lora):
     ]  # fmt: skip
 
 
+def test_rewards_that_agree_are_told_and_answers_are_kept_with_the_right_ones(config):
+    told = "note: the rewards of every group agreed"
+    lines = []
+    folder = smoke(config(), ["rewards=[{use: verifiers.format.tags}]"], lines.append)
+    assert lines[-1].startswith(told)
+    shown = json.loads((folder / "samples" / "000002.json").read_text())
+    assert len(shown["answers"]) == len(shown["right"]) == len(shown["prompts"]) == 2
+    (first, *_) = [json.loads(line) for line in (folder / "rollouts" / "000000.jsonl").read_text().splitlines()]
+    golds = {row.metadata["answer"] for row in load_rows(folder)}
+    assert first["answer"] in golds and set(shown["right"]) <= set(map(str, golds)) and "response" in first
+    lines.clear()
+    smoke(config(), [], lines.append)
+    assert not any(line.startswith(told) for line in lines)
+
+
+def load_rows(folder):
+    """The questions of a run."""
+    from flowrl.vlm.actor import questions
+
+    settings = load_config(folder / "config.yaml")
+    held_out = questions(settings, settings.data.eval_prompts or settings.data.prompts, "held_out")
+    return [*questions(settings, settings.data.prompts, "train"), *held_out]
+
+
 def test_what_decides_whether_it_works_stays(config):
     changes = {
         "generation.max_new_tokens": 2000, "data.max_tries": 9, "data.filters": [{"use": "informative"}],

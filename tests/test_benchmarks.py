@@ -3,12 +3,9 @@
 import itertools
 import json
 import math
-import os
 import random
 import re
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -390,18 +387,21 @@ def test_an_evaluation_without_a_measure_is_left_out_of_the_line(learnt):
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def benchmark(configs, output, *, fault=None):
-    """The whole command, each run in a process of its own."""
-    environment = os.environ | ({"FLOWRL_FAULT": fault} if fault else {})
-    command = [sys.executable, "-m", "benchmarks.learning", "run", "--configs", configs, "--output", output]
-    done = subprocess.run(
-        [*map(str, command), "--budget", str(BUDGET)], capture_output=True, text=True, env=environment, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def benchmark(capfd, monkeypatch):
+    """The command; each of its runs is a process of its own, where a fault may be waiting."""
+
+    def run(configs, output, *, fault=""):
+        monkeypatch.setenv("FLOWRL_FAULT", fault)
+        arguments = ["run", "--configs", configs, "--output", output, "--budget", BUDGET]
+        code = learning.main([str(argument) for argument in arguments])
+        return code, *capfd.readouterr()
+
+    return run
 
 
 @pytest.mark.slow
-def test_failures_are_told_at_the_end_and_the_next_run_goes_on(tiny_model, bench, tmp_path):
+def test_failures_are_told_at_the_end_and_the_next_run_goes_on(tiny_model, bench, benchmark, tmp_path):
     configs, output = write_configs(tiny_model, tmp_path / "configs"), tmp_path / "runs"
     (configs / "broken.yaml").write_text("base: base.yaml\nalgorithm: {name: mixgrpo}\n")
     (configs / "flow_grpo.yaml").unlink()

@@ -729,12 +729,12 @@ def _server_conflicts(generation: GenerationConfig) -> Iterator[tuple[Key, str]]
 
 
 def _more_answers_conflicts(config: Config, needs: Any) -> Iterator[tuple[Key, str]]:
-    """What answers that go on from a state cannot have, nor a greedy one."""
+    """What answers that go on from a state cannot have, nor others than those that are trained on."""
     for key in ("tools", "forced_answer") if needs.continuations else ():
         if getattr(config.generation, key) is not None:
             text = "continuations are answers of one turn, that end by themselves; leave it out, or set values=head"
             yield ("generation", key), text
-    for index, entry in enumerate(config.rewards if needs.continuations or needs.greedy else ()):
+    for index, entry in enumerate(config.rewards if needs.continuations or needs.besides else ()):
         if entry.norm == "rank":
             text = f"ranks the answers of a group, and {config.algorithm.name} judges others too; leave it out"
             yield ("rewards", index, "norm"), text

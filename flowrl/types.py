@@ -356,6 +356,18 @@ class Loss(NamedTuple):
     """Of how many things each metric is the mean, where those are not the batch's rows: what parts are weighed by."""
 
 
+class Besides(NamedTuple):
+    """More answers to each prompt, which are not trained on; their mean reward is a fact of those that are."""
+
+    name: str
+    """Of the fact: `batch.facts[name]`, NaN where there are no such answers, or none has a verdict."""
+    answers: int = 1
+    greedy: bool = False
+    """The likeliest answer instead of drawn ones."""
+    shuffled: bool = False
+    """To its videos with their frames in another order; to prompts with a video alone."""
+
+
 class Needs(NamedTuple):
     """What an algorithm asks of a run, so that impossible configurations are refused before anything is loaded."""
 
@@ -405,8 +417,8 @@ class Needs(NamedTuple):
     """Answers that go on from each state of an answer, whose mean reward stands in `batch.values` there; 0: none."""
     state_every: int = 1
     """Tokens from one such state of an answer to the next."""
-    greedy: bool = False
-    """The reward of each prompt's likeliest answer, in `batch.facts["greedy"]` of its answers."""
+    besides: Besides | None = None
+    """Other answers to each prompt, for their rewards."""
     token_credit: bool = False
     """Nothing, but that `credit` is one number a token [R,S]: it cannot be remembered as one number an answer."""
 

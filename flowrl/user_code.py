@@ -21,14 +21,14 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" + (f" ({own}:{lines[-1]})" if lines else "")
 
 
-def misfit(function: Callable[..., Any], *arguments: Any) -> str:
-    """Why a function cannot be called with these positional arguments; "" where it can, or does not say."""
+def misfit(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """Why a function cannot be called with these arguments; "" where it can, or does not say."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # some functions in C do not tell theirs
         return ""
     try:
-        signature.bind(*arguments)
+        signature.bind(*arguments, **options)
     except TypeError as error:
         return f"takes {signature}: {error}"
     return ""

@@ -20,6 +20,9 @@ StdMode = Literal["group", "global", "none"]
 BaselineMode = Literal["mean", "leave_one_out"]
 Combine = Literal["sum", "per_reward", "gdpo"]
 
+# Rewards that sum up to 1 may miss it by rounding.
+ROUNDING = 1e-6
+
 # Rewards come out of fp32 networks and differ by 1e-7 where they mean the same. Divided by their own std, such
 # differences become advantages of size 1, i.e. pure noise (reliability row R8).
 STD_FLOOR = 1e-6
@@ -236,6 +239,19 @@ def less_baseline(rewards: Tensor, group: Tensor, baseline: Tensor) -> Advantage
     valid = lead.isfinite()
     live = torch.zeros(num_groups, dtype=torch.bool).index_fill(0, member[valid & (lead != 0)], True)
     return Advantages(lead.where(valid, 0.0), valid, live)
+
+
+def right_in_order(rewards: Tensor, group: Tensor, shuffled: Tensor, *, right: float, margin: float) -> Tensor:
+    """Which right answers [B] are of groups that the order of a video's frames helps (T-GRPO, arXiv:2503.21776).
+
+    Right is a reward [B] of at least `right`. Order helps where the group's mean reward is at least `margin` times
+    that of answers to shuffled frames, `shuffled` [B]; not where that is NaN.
+    """
+    rewards, verdict, num_groups, member = _prepared(rewards, group)
+    total = rewards.new_zeros(num_groups).index_add(0, member, rewards.where(verdict, 0.0))
+    count = rewards.new_zeros(num_groups).index_add(0, member, verdict.double())
+    helps = (total / count.clamp(min=1))[member] >= margin * shuffled.detach().cpu().double()
+    return verdict & (rewards >= right - ROUNDING) & helps
 
 
 def undiluted(found: Advantages, group: Tensor) -> Advantages:

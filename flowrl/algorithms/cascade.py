@@ -41,7 +41,7 @@ class Cascade(Hyperparameters):
         made = _method(stage)
         if not made.needs.tokens or made.needs.value:
             raise ValueError(f"{stage['name']} cannot be a stage: it is not for answers, or wants a value head.")
-        if made.needs.old or made.needs.continuations or made.needs.greedy:
+        if made.needs.old or made.needs.continuations or made.needs.besides:
             raise ValueError(
                 f"{stage['name']} cannot be a stage with reset_every, nor with more answers than those of a group "
                 "(values=monte_carlo, remax): the old policy and the answers are the cascade's own."

@@ -3,7 +3,7 @@
 | symbol | here |
 |---|---|
 | r(x, a), a drawn by the policy | batch.rewards |
-| b = r(x, greedy a) | batch.facts["greedy"]; needs.greedy |
+| b = r(x, greedy a) | batch.facts["greedy"]; needs.besides |
 | on-policy, one answer a prompt is enough | objective: reinforce, one update an iteration |
 """
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from flowrl.algorithms import token_fields as fields
 from flowrl.algorithms.advantages import Advantages, less_baseline
 from flowrl.algorithms.token_policy_gradient import AnswerCredit, fact, own
-from flowrl.types import Needs, TokenBatch
+from flowrl.types import Besides, Needs, TokenBatch
+
+_GREEDY = "greedy"
 
 
 class ReMax(AnswerCredit):
@@ -34,12 +36,12 @@ class ReMax(AnswerCredit):
     @property
     def needs(self) -> Needs:
         """A greedy answer."""
-        return super().needs._replace(greedy=True)
+        return super().needs._replace(besides=Besides(_GREEDY, greedy=True))
 
     def trained(self, batch: TokenBatch) -> Tensor:
         """Besides, with a verdict on the greedy answer."""
-        return super().trained(batch) & own(batch, fact(batch, "greedy")).isfinite()
+        return super().trained(batch) & own(batch, fact(batch, _GREEDY)).isfinite()
 
     def advantages(self, batch: TokenBatch, rewards: Tensor) -> Advantages:
         """r - r of the greedy answer."""
-        return less_baseline(rewards, batch.group.cpu(), fact(batch, "greedy"))
+        return less_baseline(rewards, batch.group.cpu(), fact(batch, _GREEDY))

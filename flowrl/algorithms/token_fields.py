@@ -217,6 +217,19 @@ OffPolicyDelta = Annotated[
 # --------------------------------------------------------------------------------------------------------- more terms
 
 PositiveSFT = Annotated[NotNegative, Field(description="Weight of -log pi on right answers (Intern-S1, VAPO).")]
+Shuffled = Annotated[
+    int, Field(ge=1, description="Answers to each video with its frames shuffled; half of the group's is usual.")
+]
+TemporalBonus = Annotated[
+    NotNegative, Field(description="Added to the reward of right answers where the order of the frames helps.")
+]
+TemporalMargin = Annotated[
+    NotNegative,
+    Field(description="Share of the mean reward of answers to shuffled frames that a group must reach for the bonus."),
+]
+Right = Annotated[
+    float, Field(description="Total reward from which an answer is right, and gets the bonus.", allow_inf_nan=False)
+]
 PositiveReward = Annotated[
     float, Field(description="Total reward from which an answer is right for positive_sft_coef.", allow_inf_nan=False)
 ]

@@ -15,7 +15,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from flowrl.algorithms import token_fields as fields
-from flowrl.algorithms.advantages import Advantages, earlier_tools, sure_first, whiten
+from flowrl.algorithms.advantages import ROUNDING, Advantages, earlier_tools, sure_first, whiten
 from flowrl.algorithms.aggregate import aggregate, averaged, mass, of_answers, share
 from flowrl.algorithms.corrections import importance_weights, off_policy_sequences, rejected, weight_metrics
 from flowrl.algorithms.kl import estimate, token_kl
@@ -28,8 +28,6 @@ from samplers import stable_seed
 Terms = dict[str, tuple[float, Tensor]]
 """Terms of a loss by their names in the metrics: a weight, and the losses of the tokens [N,S]."""
 _MASKED_PICTURES = -8
-# Rewards that sum up to 1 may miss it by rounding.
-_ROUNDING = 1e-6
 
 
 class ResetReference(Hyperparameters):
@@ -226,7 +224,7 @@ class TokenPolicyGradient(ResetReference):
         """
         if batch.rewards is None:
             return credit > 0
-        return (batch.rewards >= self.positive_sft_reward - _ROUNDING).to(credit.device)[:, None]
+        return (batch.rewards >= self.positive_sft_reward - ROUNDING).to(credit.device)[:, None]
 
     def _imitation(self, policy: TokenPolicy, tokens: Tokens, weight: float) -> Terms:
         """CHORD (arXiv:2508.11408): -p (1 - p) log p of the tokens of a worked answer, its factor cut from the graph.

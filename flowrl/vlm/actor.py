@@ -18,7 +18,7 @@ from torch import Tensor
 from flowrl.actor import watched
 from flowrl.config import Config, GenerationConfig, ModelConfig, curriculum_problems, filter_problems, folder_problems
 from flowrl.configfile import Key
-from flowrl.data import DataError, PromptSampler, fingerprint
+from flowrl.data import VIDEOS, DataError, PromptSampler, fingerprint
 from flowrl.engine import Engine
 from flowrl.evaluate import Evaluation, evaluation_prompts
 from flowrl.memory import explained
@@ -28,8 +28,8 @@ from flowrl.report import sheet_of, spread
 from flowrl.resolve import nearest
 from flowrl.rollouts import write_rollout
 from flowrl.tiny import PREFIX
-from flowrl.types import AnyBatch, Prompt, TokenBatch, Tokens, padded_places
-from flowrl.vlm.augment import hook
+from flowrl.types import AnyBatch, Besides, Prompt, TokenBatch, Tokens, padded_places
+from flowrl.vlm.augment import hook, shuffled
 from flowrl.vlm.continuations import state_values
 from flowrl.vlm.data import load_questions
 from flowrl.vlm.export import FORMS, Form, is_peft
@@ -45,11 +45,14 @@ from rewards.combine import Rule
 from rewards.types import RewardError
 from rewards.verifiers import Answer, Verifiers, names
 from rewards.verifiers.adapter import KEYS
+from samplers import stable_seed
 
 SOURCE = "data_source"
 """Metadata: where a question is from."""
 EVALUATION = -1
 """The iteration that keys the draws of answers which are not trained on."""
+_BESIDES = -15
+"""Keeps the draws of answers besides those that are trained on apart."""
 RIGHT = 1 - 1e-6
 """Total from which on an answer is right."""
 READERS: dict[Form, str] = {"peft": "for peft", "full": "for transformers"}
@@ -222,8 +225,9 @@ class TextActor:
             )  # fmt: skip
             if needs.continuations:
                 written = self._continued(written, prompts, slots, iteration, plan)
-            if needs.greedy:
-                written = self._with_greedy(written, prompts, slots, plan)
+            if needs.besides is not None:
+                besides = self._judged(needs.besides, prompts, slots, iteration, plan)
+                written = replace(written, facts=written.facts | {needs.besides.name: besides[written.tokens.prompt]})
         slot = torch.tensor(list(slots), dtype=torch.long)
         group = slot[written.tokens.prompt]
         return TokenBatch(
@@ -261,16 +265,22 @@ class TextActor:
         )  # fmt: skip
         return replace(written, values=values, facts=written.facts | {"continuations": count})
 
-    def _with_greedy(
-        self, written: Written, prompts: Sequence[Prompt], slots: Sequence[int], progress: float
-    ) -> Written:
-        """With the reward of each prompt's likeliest answer."""
-        greedy = self.writer(
-            prompts, slots, members=1, seed=self.config.seed, iteration=EVALUATION, temperature=0.0,
-            batch_size=self.settings.batch_size,
+    def _judged(
+        self, besides: Besides, prompts: Sequence[Prompt], slots: Sequence[int], iteration: int, progress: float
+    ) -> Tensor:
+        """The mean reward of more answers to each prompt, float64 [P]; NaN where there is none, or no verdict."""
+        key = stable_seed(self.config.seed, iteration, _BESIDES)
+        asked = [p for p, prompt in enumerate(prompts) if not besides.shuffled or prompt.metadata.get(VIDEOS)]
+        found = torch.full((len(prompts),), torch.nan, dtype=torch.float64)
+        if not asked:
+            return found
+        shown = [shuffled(prompts[p], key=(key, slots[p])) if besides.shuffled else prompts[p] for p in asked]
+        written = self.writer(
+            shown, [slots[p] for p in asked], members=besides.answers, seed=key, iteration=EVALUATION,
+            temperature=0.0 if besides.greedy else None, batch_size=self.settings.batch_size,
         )  # fmt: skip
-        rewards = self.hub(answers_of(greedy, prompts, greedy.tokens.prompt), progress).total.double()
-        return replace(written, facts=written.facts | {"greedy": rewards[written.tokens.prompt]})
+        rewards = self.hub(answers_of(written, shown, written.tokens.prompt), progress).total.double()
+        return found.index_copy(0, torch.tensor(asked), rewards.view(len(asked), -1).nanmean(1))
 
     def submit(self, batch: AnyBatch) -> Callable[[], HubResult]:
         """Verifiers answer at once, or wait for judges themselves."""
@@ -415,7 +425,7 @@ def described(config: Config, policy: TextPolicy, world: int) -> list[tuple[str,
     assert generation is not None
     asked, each, tools = data.prompts_per_iteration, data.samples_per_prompt, generation.tools
     needs = config.algorithm.build().needs
-    more = " and the likeliest of each" if needs.greedy else ""
+    more = "" if needs.besides is None else _others(needs.besides)
     if needs.continuations:
         more = f", and {needs.continuations} that go on from every {needs.state_every} tokens of one"
     turns = f", {tools.max_turns} turns with {', '.join(build_tools(tools.use))}" if tools else ""
@@ -429,6 +439,11 @@ def described(config: Config, policy: TextPolicy, world: int) -> list[tuple[str,
         ("trainable", f"{policy.num_trainable:,} parameters"),
         ("length", f"{config.iterations} iterations on {world} process{'es' if world > 1 else ''}"),
     ]
+
+
+def _others(besides: Besides) -> str:
+    to = "video with shuffled frames" if besides.shuffled else "question"
+    return f", and {besides.answers} to each {to}{', the likeliest' if besides.greedy else ''}"
 
 
 def _path_problems(config: Config) -> Iterator[tuple[Key, str]]:

@@ -5,6 +5,7 @@ depends neither on the order of the prompts nor on the number of processes.
 
     NoisyRollout   a part of a group's answers see a distorted picture; the update shows all of them the clean one
     masked         patches blacked out, for PAPO's perception term
+    shuffled       a question's videos with their frames in another order, for T-GRPO's comparison
     hint           a dead group's question again, with the beginning of the gold solution (GHPO)
     inpaint        the same, but the answer itself begins with it (after IGPO)
     correct        some of its wrong answers are replaced by the gold solution (EDGE-GRPO)
@@ -45,7 +46,15 @@ BEGIN = "begin"
 CORRECTED = "corrected"
 """Metadata: the share of wrong answers that the solution replaces."""
 
-_DISTORTION, _MASK, _CORRECTION = -11, -12, -13  # the last numbers of the keys, which keep their draws apart
+SHUFFLED = "shuffled"
+"""Metadata: the seed of another order of its videos' frames."""
+
+_DISTORTION, _MASK, _CORRECTION, _SHUFFLE = (
+    -11,
+    -12,
+    -13,
+    -14,
+)  # end the keys of their draws
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -136,6 +145,19 @@ def masked(
     grid = black.reshape(rows, columns).repeat(patch, 0).repeat(patch, 1)
     pixels[grid[: pixels.shape[0], : pixels.shape[1]]] = 0
     return Image.fromarray(pixels)
+
+
+def shuffled(prompt: Prompt, *, key: Sequence[int]) -> Prompt:
+    """The question about the same videos with their frames out of order (T-GRPO, arXiv:2503.21776)."""
+    return replace(prompt, metadata={**prompt.metadata, SHUFFLED: stable_seed(*key, _SHUFFLE)})
+
+
+def out_of_order(frames: Sequence[Picture], seed: int, number: int) -> list[Picture]:
+    """The frames of a question's `number`th video, never in their own order where there are two or more."""
+    order = _random(seed, number).permutation(len(frames)).tolist()
+    if order == sorted(order):
+        order.reverse()
+    return [frames[place] for place in order]
 
 
 def _random(*key: int) -> np.random.Generator:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowrl.data import IMAGES, VIDEOS, DataError, prompt_row, read_lines, short
 from flowrl.resolve import nearest
+from flowrl.vlm.augment import SHUFFLED, out_of_order
 from flowrl.vlm.rows import PICTURES, Row, first_of, images_of, read_rows, videos_of
 from flowrl.vlm.videos import Clip, clip_of
 
@@ -154,9 +155,13 @@ def pictures(prompt: Prompt) -> list[Image]:
 def clips(prompt: Prompt) -> list[Clip]:
     """What is shown of a question's videos; read anew each time."""
     place, most = f"prompt {prompt.id}: {VIDEOS}", prompt.metadata.get(FRAMES, _MOST_FRAMES)
-    return [
+    found = [
         clip_of(place, video, most, lambda frame: _opened(place, frame)) for video in prompt.metadata.get(VIDEOS, ())
     ]
+    seed = prompt.metadata.get(SHUFFLED)
+    if seed is None:
+        return found
+    return [clip._replace(frames=out_of_order(clip.frames, seed, number)) for number, clip in enumerate(found)]
 
 
 def _opened(place: str, image: Any) -> Image:

@@ -188,15 +188,15 @@ def operations(config: Config, policy: TextPolicy, length: Lengths, walked: Walk
 
 
 def _more_writing(config: Config, length: Lengths, walked: Walk, prompt: Walk, seeing: float) -> float:
-    """Of the greedy answers, and of those that go on from states: at most, since states that are alike are one."""
+    """Of answers that are not trained on, and of those that go on from states: at most, since equal states are one."""
     asked, data, needs = config.data.prompts_per_iteration, config.data, config.algorithm.build().needs
     one = walked.forward - prompt.forward
-    greedy = asked * (walked.forward + seeing) * needs.greedy
+    besides = 0.0 if needs.besides is None else asked * (prompt.forward + seeing + needs.besides.answers * one)
     if not needs.continuations:
-        return greedy
+        return besides
     states = asked * data.samples_per_prompt * math.ceil(length.answer / needs.state_every)
     # On average half of an answer stands before a state, and half of one is written behind it.
-    return greedy + states * (prompt.forward + seeing + one / 2 + needs.continuations * one / 2)
+    return besides + states * (prompt.forward + seeing + one / 2 + needs.continuations * one / 2)
 
 
 def _served(config: Config) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowrl.config import GenerationConfig
 from flowrl.data import IMAGES, VIDEOS
 from flowrl.types import Needs, Prompt, Tokens, held_to
-from flowrl.vlm.augment import BEGIN, CORRECTED, SOLUTION, NoisyRollout, corrections
+from flowrl.vlm.augment import BEGIN, CORRECTED, SHUFFLED, SOLUTION, NoisyRollout, corrections
 from flowrl.vlm.collate import Inputs
 from flowrl.vlm.conversation import STOPS, Talk, converse, facts
 from flowrl.vlm.data import SYSTEM, clips, messages, pictures
@@ -172,6 +172,7 @@ class Writer:
         shown_of = [prompt.metadata.get(IMAGES, ()), *([video] if isinstance(video, str) else video
                     for video in prompt.metadata.get(VIDEOS, ()))]  # fmt: skip
         media = (tuple(one if isinstance(one, str) else id(one) for one in part) for part in shown_of)
+        keep = keep and SHUFFLED not in prompt.metadata
         key = (prompt.text, prompt.metadata.get(SYSTEM), gold, *media) if keep else None
         return self.policy.prepare(messages(prompt, shown), gold, key)
 

@@ -212,10 +212,14 @@ def _build(entry: Any) -> Tool:
         raise ToolError(f"a tool's entry needs `use: name`; this one has {', '.join(options) or 'nothing'}.")
     made = _resolved(use) if isinstance(use, str) else use
     if isinstance(made, type):
+        if why := misfit(made, **options):
+            raise ToolError(f"tool {use!r} does not take these options: it {why}.")
         try:
             made = made(**options)
-        except TypeError as error:
-            raise ToolError(f"tool {use!r} does not take these options: {error}.") from error
+        except ToolError:
+            raise
+        except Exception as error:
+            raise ToolError(f"tool {use!r} could not be made: {told(error)}.") from error
     elif options:
         raise ToolError(f"tool {use!r} is ready-made and takes no options; remove {', '.join(options)}.")
     if not callable(made):

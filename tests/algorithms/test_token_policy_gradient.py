@@ -6,7 +6,9 @@ from typing import get_args
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from flowrl.algorithms.advantages import right_in_order
 from flowrl.algorithms.aggregate import aggregate, merge_metrics, token_weights
 from flowrl.algorithms.cispo import CISPO
 from flowrl.algorithms.dapo import DAPO
@@ -27,9 +29,11 @@ from flowrl.algorithms.remax import ReMax
 from flowrl.algorithms.rloo import RLOO
 from flowrl.algorithms.sapo import SAPO
 from flowrl.algorithms.schedule import AlgorithmError
+from flowrl.algorithms.t_grpo import TGRPO
 from flowrl.algorithms.token_dpo import TokenDPO
 from flowrl.algorithms.token_mpo import TokenMPO
 from flowrl.algorithms.token_policy_gradient import token_edges
+from flowrl.types import Besides
 from tests.algorithms.words import V, Words, batch_of, gradient, live, moved, score, tokens_with, write
 
 NAN = float("nan")
@@ -327,6 +331,25 @@ def test_remax_leaves_out_what_it_has_no_baseline_for():
     assert found.isnan().nonzero().flatten().tolist() == [1, 4, 5, 6, 7]
     known = ~found.isnan()
     torch.testing.assert_close(found[known], (batch.rewards - 0.4)[known].float())
+
+
+def test_t_grpo_pays_right_answers_of_groups_that_the_order_helps():
+    """Means .5, .5, .75 and 1/3 (one without a verdict) against .6, .7, none and 0, margin .8: .5 >= .48, .5 < .56."""
+    rewards = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 0], [1 - 1e-7, 0, NAN, 0]], dtype=torch.float64)
+    shuffled = torch.tensor([0.6, 0.7, NAN, 0.0], dtype=torch.float64).repeat_interleave(4)
+    found = right_in_order(rewards.flatten(), torch.arange(4).repeat_interleave(4), shuffled, right=1.0, margin=0.8)
+    assert found.nonzero().flatten().tolist() == [0, 1, 12]
+    algorithm = TGRPO(right=0.5, temporal_bonus=0.25)
+    batch = batch_of(Words(), algorithm)
+    batch.rewards = rewards.flatten().where(torch.arange(16) != 2, 0.5)
+    batch.facts["shuffled"] = shuffled
+    paid = batch.rewards + 0.25 * torch.tensor([1, 1, 1] + 9 * [0] + [1] + 3 * [0], dtype=torch.float64)
+    credit = algorithm.credit(batch)
+    batch.rewards = paid
+    torch.testing.assert_close(credit, GRPO().credit(batch), equal_nan=True)
+    assert algorithm.needs.besides == Besides("shuffled", answers=4, shuffled=True)
+    with pytest.raises(ValidationError, match="the bonus is added to one reward, but combine=gdpo"):
+        TGRPO(combine="gdpo")
 
 
 @pytest.mark.parametrize("algorithm", [GRPO(), ReMax(), PPO(), ReinforcePP()], ids=lambda a: type(a).__name__)

@@ -136,6 +136,7 @@ def batch_of(policy: Words, algorithm: Hyperparameters, k: int = 4, seed: int = 
         "tokens": tokens.lengths.double(), "truncated": (tokens.lengths >= LONGEST - 1).double(),
         "entropy": entropy.double(), "tool_position": (tokens.ids == HOLE).double().argmax(1).double(),
         "greedy": torch.full((len(tokens),), 0.4, dtype=torch.float64),
+        "shuffled": torch.full((len(tokens),), 0.4, dtype=torch.float64),
     }  # fmt: skip
     facts["tool_position"][~(tokens.ids == HOLE).any(1)] = torch.nan
     needs = algorithm.needs

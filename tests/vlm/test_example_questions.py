@@ -1,4 +1,4 @@
-"""The twelve example questions of configs/prompts/questions are the built-in world's own, picture by picture."""
+"""The example questions of configs/prompts/questions are the built-in world's own, pixel by pixel."""
 
 from collections import Counter
 from dataclasses import replace
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from flowrl.shapes.questions import KINDS, VERIFIERS, questions, written
-from flowrl.vlm.data import load_questions, pictures
+from flowrl.vlm.data import clips, load_questions, pictures
 from flowrl.vlm.tools import Zoom
+from rewards.motion import DIRECTIONS
 from rewards.verifiers import Answer
 from rewards.verifiers.adapter import Verifiers
 
@@ -56,3 +57,15 @@ def test_the_digits_can_be_read_where_the_model_zooms(pairs):
             assert ink <= set(np.unique(grey).tolist())
             halved = grey.reshape(16, 2, 16, 2).mean((1, 3)).round()
             assert not ink & set(np.unique(halved).tolist())
+
+
+def test_the_examples_about_videos_show_what_their_answers_say():
+    """Where the shape is in each frame, by the pixels that are not the background's, goes the way of the answer."""
+    rows = load_questions(FILE.with_name("videos.jsonl"), video_frames=8)
+    assert len({row.metadata["answer"] for row in rows}) == len(rows) == 3
+    for row in rows:
+        (clip,) = clips(row)
+        frames = np.stack([np.asarray(frame, dtype=int) for frame in clip.frames])
+        where = [np.argwhere(np.abs(frame - frame[0, 0]).max(-1) > 60).mean(0)[::-1] for frame in frames]
+        steps, way = np.diff(where, axis=0), np.array(DIRECTIONS[row.metadata["answer"]])
+        assert (steps @ way > 2).all() and np.abs(steps @ way[::-1]).max() < 1

@@ -3,11 +3,13 @@
 The toy of the exact values: answers of two tokens at most, so that all of them can be written down.
 """
 
+import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from flowrl.algorithms.advantages import gae, less_baseline, stretch_advantages
 from flowrl.algorithms.dr_grpo import DrGRPO
@@ -15,8 +17,11 @@ from flowrl.algorithms.grpo import GRPO
 from flowrl.algorithms.ppo import PPO
 from flowrl.algorithms.token_dpo import TokenDPO
 from flowrl.config import ConfigError, make_config
+from flowrl.vlm.augment import shuffled
 from flowrl.vlm.continuations import state_values
+from flowrl.vlm.data import messages
 from flowrl.vlm.generate import begin
+from samplers import stable_seed
 from tests import runs, threaded
 from tests.test_resume import assert_equal_folders
 from tests.vlm.conftest import LONGEST, LORA, MEMBERS, STEADY
@@ -308,6 +313,36 @@ def test_remax_by_hand():
     found = less_baseline(rewards, group, greedy)
     assert found.value.tolist() == [0.5, -0.25, 0, 0, 0]
     assert found.valid.tolist() == [True, True, False, False, True] and found.live.tolist() == [True, False, False]
+
+
+def test_t_grpo_compares_with_answers_to_shuffled_frames(text_run, verifier, tmp_path):
+    """The fact is what anyone would get who asks the shuffled videos with the same keys; a picture has none."""
+    shades = [Image.new("RGB", (56, 56), (60 * i, 250 - 60 * i, 90)) for i in range(4)]
+    for i, shade in enumerate(shades):
+        shade.save(tmp_path / f"{i}.png")
+    listed = [f"{i}.png" for i in range(4)]
+    rows = [{"prompt": "up or down?", "videos": [listed]}, {"prompt": "what?", "images": ["0.png"]},
+            {"prompt": "and now?", "videos": [listed[::-1]]}]  # fmt: skip
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"iterations": 2, "algorithm": {"name": "t_grpo", "shuffled": 3, "right": 0.5},
+               "rewards": [verifier("code")], "data.prompts": str(tmp_path / "q.jsonl")}  # fmt: skip
+    run = text_run(changes, name="qwen2_5_vl")
+    assert ", and 3 to each video with shuffled frames" in dict(run.actor.describe())["samples"]
+    batch = run.actor.collect(0.0, run.prompts, [0, 1, 2], 1)
+    key = stable_seed(run.config.seed, 1, -15)
+    for place in (0, 2):
+        asked = shuffled(run.prompts[place], key=(key, place))
+        inputs = run.policy.prepare(messages(asked))
+        rows = run.policy.write([begin(inputs, (key, -1, place, member)) for member in range(3)], limit=LONGEST)
+        mean = sum(sum(map(ord, run.policy.text(row))) % 7 / 6 for row in rows) / 3
+        assert batch.facts["shuffled"][4 * place : 4 * place + 4].tolist() == pytest.approx([mean] * 4)
+    assert batch.facts["shuffled"][4:8].isnan().all()
+    for prompt, inputs in zip(run.prompts, batch.tokens.inputs[::4], strict=True):  # what is trained on is in order
+        plain = run.policy.prepare(messages(prompt))
+        assert plain.media.keys() == inputs.media.keys()
+        assert all(torch.equal(plain.media[name], inputs.media[name]) for name in plain.media)
+    run.run()
+    assert all(row["grad_norm"] > 0 for row in runs.rows(tmp_path / "run"))
 
 
 def test_remax_compares_with_the_answer_that_an_evaluation_at_temperature_0_writes(text_run, verifier, tmp_path):

@@ -327,6 +327,13 @@ def test_tools_of_a_config(tmp_path):
     assert (weight.text, shout.text, crop.pictures[0].size) == ("12 kg", "no?", (4, 4))
 
 
+def test_a_tool_that_fails_when_it_is_made_is_told_with_its_line(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("class Shop:\n    name = 'shop'\n    def __init__(self, path):\n        self.stock = open(path)\n")
+    with pytest.raises(ToolError, match=r"Shop' could not be made: FileNotFoundError: .*stock.csv.*mine.py:4\)"):
+        build_tools([{"use": f"{file}:Shop", "path": "no/stock.csv"}])
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [

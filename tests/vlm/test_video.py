@@ -12,6 +12,7 @@ from flowrl.data import DataError, fingerprint
 from flowrl.models.pipeline import ModelError
 from flowrl.train import Trainer
 from flowrl.video import save_video
+from flowrl.vlm.augment import shuffled
 from flowrl.vlm.data import clips, load_questions, messages
 from flowrl.vlm.generate import begin
 from flowrl.vlm.model import pictures_of, with_pictures
@@ -92,6 +93,18 @@ def test_a_list_of_pictures_is_a_video(media):
     assert len(second.frames) == 2
     (memory,) = load_questions([{"prompt": "what?", "videos": [[picture(0), picture(1)]]}])
     assert [frame.tobytes() for frame in clips(memory)[0].frames] == [picture(0).tobytes(), picture(1).tobytes()]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_shuffled_frames_are_the_same_frames_and_never_in_order(media, seed):
+    row = {"prompt": "what?", "videos": ["a.mp4", ["0.png", "1.png"], ["2.png"]]}
+    (question,) = rows_of(media, row)
+    there, mixed = clips(question), clips(shuffled(question, key=(seed, 7)))
+    assert [clip.fps for clip in mixed] == [clip.fps for clip in there]
+    assert [sorted(levels(clip)) for clip in mixed] == [sorted(levels(clip)) for clip in there]
+    assert levels(mixed[0]) != levels(there[0]) and levels(mixed[1]) == levels(there[1])[::-1]
+    again, other = (clips(shuffled(question, key=key)) for key in ((seed, 7), (seed, 8)))
+    assert levels(again[0]) == levels(mixed[0]) != levels(other[0])
 
 
 def test_marks_say_where_videos_and_pictures_stand(media):

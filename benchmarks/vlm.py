@@ -313,53 +313,76 @@ def render(parts: Mapping[str, Any]) -> str:
 
 
 def _presets_section(curves: Sequence[Mapping[str, Any]]) -> list[str]:
-    kinds = list(curves[0]["kinds"])
+    kinds, seeds = list(curves[0]["kinds"]), sorted({curve["seed"] for curve in curves})
+    of_method = [
+        [curve for curve in curves if curve["name"] == name]
+        for name in dict.fromkeys(curve["name"] for curve in curves)
+    ]
+    of_method.sort(key=lambda runs: -_gain(runs))
     base = [
         "base model", "0", "", "", f"{curves[0]['accuracy'][0][0]:.1f}", "",
         *(f"{curves[0]['kinds'][kind][0]:.0f}" for kind in kinds),
     ]  # fmt: skip
-    rows = [_preset_cells(curve, kinds) for curve in sorted(curves, key=lambda curve: -(curve["gain"][0] or 0))]
     lines = [
         "## Every method",
         "",
         "The same base model, questions, number of answers that count and number of updates; lr as in the method's",
         "config. The columns at the right are the accuracy for each kind of question at the end.",
+        *(["Mean over the seeds, and the range of the gain over them."] if len(seeds) > 1 else []),
         "",
-        _line(["method", "answers", "tokens", "lr", "accuracy %", "gain ± SE", *kinds]),
+        _line(["method", "answers", "tokens", "lr", "accuracy %", _GAIN[len(seeds) > 1], *kinds]),
         _line(["---", *["---:"] * (5 + len(kinds))]),
         _line(base),
-        *(_line(row) for row in rows),
+        *(_line(_preset_cells(runs, kinds)) for runs in of_method),
         "",
     ]
-    if any((curve["gain"][0] or 0) < LEARNT for curve in curves):
+    if any(_gain(runs) < LEARNT for runs in of_method):
         lines += [f"† gained less than {LEARNT:g} points.", ""]
     if len({curve["answers"][-1] for curve in curves}) > 1:
         lines += ["Methods with more answers than others draw groups without a difference anew.", ""]
     first = curves[0]["accuracy"][0]
-    if others := [curve["name"] for curve in curves if curve["accuracy"][0] != first]:
+    if others := {curve["name"]: None for curve in curves if curve["accuracy"][0] != first}:
         lines += [f"Note: not the same score of the base model as {curves[0]['name']}: {', '.join(others)}.", ""]
     if len({curve["lr"] for curve in curves}) > 1:
         lines += ["Note: not the same lr in all of them; see the column.", ""]
-    seeds = sorted({curve["seed"] for curve in curves})
+    if fewer := [runs[0]["name"] for runs in of_method if len(runs) < len(seeds)]:
+        lines += [f"Note: not all seeds of {', '.join(fewer)}.", ""]
     updates = sorted({curve["updates"] for curve in curves})
     lines += [
         "![Accuracy over answers](vlm_presets.png)",
         "",
-        f"Seed {_listed(seeds)}, {_listed(updates)} updates, one thread. One seed does not order two methods that lie",
-        "within a few points of each other.",
+        f"Seed {_listed(seeds)}, {_listed(updates)} updates, one thread. {_ORDER[len(seeds) > 1]}",
         "",
         *_made_by("presets", curves[0]["iterations"], seeds),
     ]
     return lines
 
 
-def _preset_cells(curve: Mapping[str, Any], kinds: Sequence[str]) -> list[str]:
-    gain, error = curve["gain"]
-    first, last = curve["accuracy"][0][0], curve["accuracy"][-1][0]
+_GAIN = ("gain ± SE", "gain (range)")
+_ORDER = (
+    "One seed does not order two methods that lie\nwithin a few points of each other.",
+    "Two methods whose ranges overlap are\nnot ordered by this.",
+)
+"""With one seed, and with several."""
+
+
+def _gain(runs: Sequence[Mapping[str, Any]]) -> float:
+    return statistics.mean(run["gain"][0] or 0.0 for run in runs)
+
+
+def _preset_cells(runs: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> list[str]:
+    """Of one method, over its seeds."""
+
+    def mean(of: Callable[[Mapping[str, Any]], float]) -> float:
+        return statistics.mean(map(of, runs))
+
+    (gain, error), name = runs[0]["gain"], runs[0]["name"]
+    first, last = (mean(lambda run, at=at: run["accuracy"][at][0]) for at in (0, -1))
     return [
-        curve["name"] + (" †" if gain < LEARNT else ""), f"{curve['answers'][-1]:,}", f"{curve['tokens']:,}",
-        f"{curve['lr']:g}", f"{first:.1f} → {last:.1f}", f"{gain:+.1f} ± {error:.1f}",
-        *(f"{curve['kinds'][kind][1]:.0f}" for kind in kinds),
+        name + (" †" if _gain(runs) < LEARNT else ""), f"{mean(lambda run: run['answers'][-1]):,.0f}",
+        f"{mean(lambda run: run['tokens']):,.0f}", f"{runs[0]['lr']:g}", f"{first:.1f} → {last:.1f}",
+        f"{gain:+.1f} ± {error:.1f}" if len(runs) == 1 else _mean_of([run["gain"][0] for run in runs]),
+        *(f"{mean(lambda run, kind=kind: run['kinds'][kind][1]):.0f}" for kind in kinds),
     ]  # fmt: skip
 
 
@@ -452,15 +475,24 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def draw_presets(curves: Sequence[Curve], path: Path) -> None:
-    """Accuracy over answers, a line a run."""
+    """Accuracy over answers, a line a method: the mean over its seeds, with bars from the lowest to the highest.
+
+    Where there is one seed, the bars are a standard error long on both sides.
+    """
     from benchmarks.plot import COLORS, STYLES
 
+    by_method = [[curve for curve in curves if curve.name == name] for name in dict.fromkeys(c.name for c in curves)]
+    by_method.sort(key=lambda runs: -statistics.mean(run.gain.mean or 0.0 for run in runs))
     sheet, (axis,) = _sheet(1)
-    for place, curve in enumerate(sorted(curves, key=lambda curve: -(curve.gain.mean or 0))):
+    for place, runs in enumerate(by_method):
         line, marker = STYLES[place // len(COLORS) % len(STYLES)]
+        points = [[value.mean or 0.0 for value in each] for each in zip(*(run.accuracy for run in runs), strict=True)]
+        means = [statistics.mean(each) for each in points]
+        low, high = ([abs(mean - end(each)) for mean, each in zip(means, points, strict=True)] for end in (min, max))
+        errors = [value.error for value in runs[0].accuracy]
         axis.errorbar(
-            curve.answers, [value.mean for value in curve.accuracy],
-            yerr=[value.error for value in curve.accuracy], label=curve.name, color=COLORS[place % len(COLORS)],
+            [statistics.mean(each) for each in zip(*(run.answers for run in runs), strict=True)], means,
+            yerr=errors if len(runs) == 1 else (low, high), label=runs[0].name, color=COLORS[place % len(COLORS)],
             linestyle=line, marker=marker, markersize=4, linewidth=1.4, elinewidth=0.6, capsize=2,
         )  # fmt: skip
     axis.set(xlabel="answers written", ylabel="held-out accuracy, %")

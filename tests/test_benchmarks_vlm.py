@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -52,8 +52,10 @@ def samples(folder, iteration, name):
     return json.loads((folder / "samples" / f"{iteration:06d}.json").read_text())["scores"][name]
 
 
-def test_every_method_that_writes_has_a_config_of_its_name():
+def test_every_method_that_writes_has_a_config_and_one_of_its_name_for_the_built_in_world():
+    """But T-GRPO, which is about videos: the built-in world asks about none."""
     found = vlm.presets(CONFIGS)
+    configs = [load_config(path).algorithm.name for path in CONFIGS.glob("*.yaml")]
     methods = {path.stem for path in Path("flowrl/algorithms").glob("*.py")}
     needs = {name: load_config(path).algorithm.build().needs for name, path in found.items()}
     assert all(need.tokens for need in needs.values())
@@ -65,7 +67,7 @@ def test_every_method_that_writes_has_a_config_of_its_name():
             continue  # what methods share
         if isinstance(method, type) and issubclass(method, Hyperparameters) and method().needs.tokens:
             writes.add(name)
-    assert writes == set(found)
+    assert writes == set(configs) and writes - set(found) == {"t_grpo"}
 
 
 def test_equal_budgets():
@@ -120,6 +122,28 @@ def test_the_page_has_a_row_for_each_run_and_keeps_the_other_parts(output, tmp_p
     )
     for picture in ("vlm_presets.png", "vlm_boxes.png"):
         assert f"({picture})" in page and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_seeds_of_a_method_are_one_row_and_one_line(output, tmp_path):
+    """Two seeds of one method and one of another, which the page tells."""
+    curve = vlm.read_curve(output / "grpo-0")
+    last, gain = curve.accuracy[-1], curve.gain
+    other = replace(
+        curve, seed=1, accuracy=[*curve.accuracy[:-1], last._replace(mean=last.mean + 10)],
+        gain=gain._replace(mean=gain.mean + 10), kinds={kind: (a, 20.0) for kind, (a, _) in curve.kinds.items()},
+    )  # fmt: skip
+    lonely = replace(curve, name="gspo", gain=gain._replace(mean=gain.mean - 1))
+    vlm.write_part(tmp_path, "presets", [asdict(one) for one in (lonely, curve, other)])
+    page = (tmp_path / "vlm.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith(("| grpo", "| gspo"))]
+    assert [row[0].split()[0] for row in rows] == ["grpo", "gspo"]
+    assert f"→ {last.mean + 5:.1f}" in rows[0][4]
+    assert rows[0][5] == f"{gain.mean + 5:+.1f} ({gain.mean:+.1f} to {gain.mean + 10:+.1f})"
+    assert rows[0][-1] == f"{(list(curve.kinds.values())[-1][1] + 20) / 2:.0f}"
+    assert f"{gain.mean - 1:+.1f} ± {gain.error:.1f}" in rows[1][5]
+    assert "Seed 0 and 1" in page and "Note: not all seeds of gspo." in page and "overlap" in page
+    vlm.draw_presets([lonely, curve, other], tmp_path / "vlm_presets.png")
+    assert (tmp_path / "vlm_presets.png").stat().st_size > 1000
 
 
 def test_another_budget_is_another_benchmark(output):

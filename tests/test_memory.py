@@ -238,9 +238,19 @@ def test_a_quantised_base_trains_as_its_rounded_weights_would(tiny_model, tmp_pa
     assert (tmp_path / "run" / "weights" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_compiled_blocks_compute_the_same(tiny_model, tmp_path, monkeypatch):
+# The compiler in C++ takes half a minute.
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
+def test_compiled_blocks_compute_the_same(tiny_model, tmp_path, monkeypatch, backend):
     from flowrl.models import load
 
+    torch._dynamo.reset()
+    captured, compile_ = [], torch.compile
+
+    def counted(*args, **options):
+        captured.append(args)
+        return compile_(*args, **{**options, "backend": backend})
+
+    monkeypatch.setattr(torch, "compile", counted)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # what a killed run left half-written would be loaded
     model = load(tiny_model)
     x, t = torch.randn(2, *model.noise_shape(32, 32)), torch.tensor([0.3, 0.9])
@@ -252,7 +262,11 @@ def test_compiled_blocks_compute_the_same(tiny_model, tmp_path, monkeypatch):
         except ModelError as error:
             pytest.skip(str(error))
         assert said == "compiled blocks: 2 of transformer_blocks"
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert (model.velocity(x, t, cond) - plain).abs().max() <= 1e-5
+        assert (
+            torch._dynamo.utils.counters["stats"]["unique_graphs"] > before and len(captured) == 3
+        )  # one to see if it works
     with pytest.raises(ModelError, match="Linear does not say which of its blocks repeat"):
         memory.compile_blocks(torch.nn.Linear(2, 2), torch.device("cpu"))
 

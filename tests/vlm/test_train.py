@@ -240,6 +240,7 @@ def test_micro_batches_change_nothing(text_run, mode, updates):
         assert rows[1]["grad_norm"] == pytest.approx(told[1]["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", METHODS)
 def test_micro_batches_change_no_method(text_run, name):
     base = {"algorithm": method(name), "optimizer.updates_per_iteration": 2}
@@ -320,6 +321,7 @@ def test_two_tries_are_one_larger_iteration(text_run, verifier, name):
             assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=1e-5), key
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("filter_", [
     {"use": "short_enough", "most": 4}, {"use": "not_truncated"}, {"use": "largest_advantage", "prune": 0.7},
     {"use": "pf_ppo", "how": "max_random"}, {"use": "best_worst", "best": 1, "worst": 1},

@@ -339,6 +339,8 @@ def test_t_grpo_pays_right_answers_of_groups_that_the_order_helps():
     shuffled = torch.tensor([0.6, 0.7, NAN, 0.0], dtype=torch.float64).repeat_interleave(4)
     found = right_in_order(rewards.flatten(), torch.arange(4).repeat_interleave(4), shuffled, right=1.0, margin=0.8)
     assert found.nonzero().flatten().tolist() == [0, 1, 12]
+    usual = TGRPO()
+    assert (usual.shuffled, usual.temporal_bonus, usual.temporal_margin, usual.right) == (4, 0.3, 0.8, 1.0)
     algorithm = TGRPO(right=0.5, temporal_bonus=0.25)
     batch = batch_of(Words(), algorithm)
     batch.rewards = rewards.flatten().where(torch.arange(16) != 2, 0.5)

@@ -375,6 +375,24 @@ def test_the_estimate_is_that_of_a_real_pass(config, vlm_tree, tmp_path, name, l
     assert memory.cache == 12 * (lengths.prompt + lengths.answer) * cached * 4
 
 
+def test_answers_that_others_are_compared_with_are_written_too(vlm_tree, tmp_path):
+    """Of three questions each: the likeliest answer, or five to shuffled frames, after one reading of the question."""
+    from flowrl.config import make_config
+    from flowrl.vlm import estimate
+
+    work = {}
+    for name, more in (("grpo", {}), ("remax", {}), ("t_grpo", {"shuffled": 5})):
+        config = make_config(vlm_tree(tmp_path / name, {"algorithm": {"name": name, **more}}))
+        policy, lengths = estimate.sketch(config)
+        walked = estimate.walk(policy.model, lengths.prompt + lengths.answer)
+        prompt = estimate.walk(policy.model, lengths.prompt)
+        work[name] = estimate.operations(config, policy, lengths, walked, prompt)
+    seeing = 2 * lengths.patches * sum(p.numel() for p in policy.model.trainable.get_encoder("image").parameters())
+    answer = walked.forward - prompt.forward
+    assert work["remax"] - work["grpo"] == pytest.approx(3 * (prompt.forward + seeing + answer))
+    assert work["t_grpo"] - work["grpo"] == pytest.approx(3 * (prompt.forward + seeing + 5 * answer))
+
+
 def test_the_vision_tower_counts_by_patches(vlm_tree, tmp_path):
     from flowrl.config import make_config
     from flowrl.standalone import actor_of

@@ -351,7 +351,7 @@ def _presets_section(curves: Sequence[Mapping[str, Any]]) -> list[str]:
     lines += [
         "![Accuracy over answers](vlm_presets.png)",
         "",
-        f"Seed {_listed(seeds)}, {_listed(updates)} updates, one thread. {_ORDER[len(seeds) > 1]}",
+        f"Seed{'s' * (len(seeds) > 1)} {_listed(seeds)}, {_listed(updates)} updates, one thread. {_ORDER[len(seeds) > 1]}",
         "",
         *_made_by("presets", curves[0]["iterations"], seeds),
     ]

@@ -141,7 +141,7 @@ def test_several_seeds_of_a_method_are_one_row_and_one_line(output, tmp_path):
     assert rows[0][5] == f"{gain.mean + 5:+.1f} ({gain.mean:+.1f} to {gain.mean + 10:+.1f})"
     assert rows[0][-1] == f"{(list(curve.kinds.values())[-1][1] + 20) / 2:.0f}"
     assert f"{gain.mean - 1:+.1f} ± {gain.error:.1f}" in rows[1][5]
-    assert "Seed 0 and 1" in page and "Note: not all seeds of gspo." in page and "overlap" in page
+    assert "Seeds 0 and 1" in page and "Note: not all seeds of gspo." in page and "overlap" in page
     vlm.draw_presets([lonely, curve, other], tmp_path / "vlm_presets.png")
     assert (tmp_path / "vlm_presets.png").stat().st_size > 1000
 

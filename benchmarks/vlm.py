@@ -314,10 +314,8 @@ def render(parts: Mapping[str, Any]) -> str:
 
 def _presets_section(curves: Sequence[Mapping[str, Any]]) -> list[str]:
     kinds, seeds = list(curves[0]["kinds"]), sorted({curve["seed"] for curve in curves})
-    of_method = [
-        [curve for curve in curves if curve["name"] == name]
-        for name in dict.fromkeys(curve["name"] for curve in curves)
-    ]
+    several, names = len(seeds) > 1, dict.fromkeys(curve["name"] for curve in curves)
+    of_method = [[curve for curve in curves if curve["name"] == name] for name in names]
     of_method.sort(key=lambda runs: -_gain(runs))
     base = [
         "base model", "0", "", "", f"{curves[0]['accuracy'][0][0]:.1f}", "",
@@ -328,9 +326,9 @@ def _presets_section(curves: Sequence[Mapping[str, Any]]) -> list[str]:
         "",
         "The same base model, questions, number of answers that count and number of updates; lr as in the method's",
         "config. The columns at the right are the accuracy for each kind of question at the end.",
-        *(["Mean over the seeds, and the range of the gain over them."] if len(seeds) > 1 else []),
+        *(["Mean over the seeds, and the range of the gain over them."] if several else []),
         "",
-        _line(["method", "answers", "tokens", "lr", "accuracy %", _GAIN[len(seeds) > 1], *kinds]),
+        _line(["method", "answers", "tokens", "lr", "accuracy %", _GAIN[several], *kinds]),
         _line(["---", *["---:"] * (5 + len(kinds))]),
         _line(base),
         *(_line(_preset_cells(runs, kinds)) for runs in of_method),
@@ -351,13 +349,14 @@ def _presets_section(curves: Sequence[Mapping[str, Any]]) -> list[str]:
     lines += [
         "![Accuracy over answers](vlm_presets.png)",
         "",
-        f"Seed{'s' * (len(seeds) > 1)} {_listed(seeds)}, {_listed(updates)} updates, one thread. {_ORDER[len(seeds) > 1]}",
+        f"{_SEEDS[several]} {_listed(seeds)}, {_listed(updates)} updates, one thread. {_ORDER[several]}",
         "",
         *_made_by("presets", curves[0]["iterations"], seeds),
     ]
     return lines
 
 
+_SEEDS = ("Seed", "Seeds")
 _GAIN = ("gain ± SE", "gain (range)")
 _ORDER = (
     "One seed does not order two methods that lie\nwithin a few points of each other.",

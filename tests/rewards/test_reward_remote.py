@@ -221,12 +221,12 @@ def unless(bad, fault):
 @pytest.mark.parametrize("name", without_answer())
 def test_a_fault_costs_its_own_request_only_and_ends_before_the_deadline(name):
     with FaultServer(unless("prompt 3", without_answer()[name])) as bad:
-        made = remote(f"{bad.url}/r", request_size=2, deadline=0.6, retries=50, max_reply_mb=1)
+        made = remote(f"{bad.url}/r", request_size=2, deadline=1.2, retries=50, max_reply_mb=1)
         watch = Stopwatch()
         scores = made.score(batch(8))
         seconds = watch.stop()
         made.unload()
-    assert seconds < 0.6 + 1.5, "fifty retries would take longer, also on a machine that does something else besides"
+    assert seconds < 1.2 + 1.5, "fifty retries would take longer, also on a machine that does something else besides"
     assert scores.value.isnan().tolist() == [False, False, True, True, False, False, False, False]
     assert scores.value[[0, 1, 4, 5, 6, 7]].tolist() == [0, 1, 4, 5, 6, 7]
     for row, info in enumerate(scores.info):
@@ -279,7 +279,7 @@ def test_more_requests_than_slots_share_one_deadline():
         made = remote(f"{bad.url}/r", request_size=1, max_concurrency=1, deadline=0.5)
         watch = Stopwatch()
         scores = made.score(batch(6))
-        assert watch.stop() < 0.5 + 0.3
+        assert watch.stop() < 0.5 + 1.5  # six deadlines would be 3 s
         assert scores.value.isnan().all()
         assert all(info["failed"] and info["error"] for info in scores.info)
 
@@ -298,7 +298,7 @@ def test_one_deadline_holds_for_a_call_of_the_hub(how):
             hub.warmup([noise(1)])
             watch = Stopwatch()
             result = hub(samples)
-            assert watch.stop() < 0.5 + 0.3
+            assert watch.stop() < 0.5 + 1.0  # four deadlines would be 2 s
     assert result.total.isnan().all()
     assert all(info["r"]["failed"] and info["r"]["error"] for info in result.info)
 
@@ -314,7 +314,7 @@ class Fragile(Remote):
 
 
 def test_the_next_call_of_the_hub_has_a_deadline_of_its_own():
-    with FaultServer(unless("prompt 0", hang())) as bad, RewardHub({"use": f"{bad.url}/r", "deadline": 0.3}) as hub:
+    with FaultServer(unless("prompt 0", hang())) as bad, RewardHub({"use": f"{bad.url}/r", "deadline": 1.2}) as hub:
         assert hub([noise(0)]).total.isnan().all()
         assert hub([noise(1)]).total.tolist() == [1.0]
 
@@ -333,7 +333,7 @@ def test_a_picture_that_is_slow_to_read_holds_up_nobody_and_what_waits_behind_it
         made = remote(f"{other.url}/r", request_size=1, max_concurrency=1, deadline=0.3)
         watch = Stopwatch()
         scores = made.score(samples)
-        assert watch.stop() < 0.3 + 0.3
+        assert watch.stop() < 0.3 + 0.7  # four deadlines would be 1.2 s
         assert [info["error"] for info in scores.info] == ["no answer before the deadline of 0.3 s"] * 4
         disk.set()
         made._pool.shutdown(wait=True)

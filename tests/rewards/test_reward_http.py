@@ -35,7 +35,7 @@ from tests.rewards.faults import (
 
 pytestmark = pytest.mark.slow
 
-SLACK = 0.3
+SLACK = 0.9
 
 
 def timed(call):
@@ -272,7 +272,7 @@ def test_retry_after_is_honoured(form):
     start = time.monotonic()
     with FaultServer(status(429, {"Retry-After": header}), reply(1)) as server, Endpoint(server.url) as endpoint:
         assert endpoint.post("/", {}) == 1
-    assert 0.9 <= time.monotonic() - start < 2.5
+    assert 0.9 <= time.monotonic() - start < 5
 
 
 def test_the_pauses_grow_and_are_random():

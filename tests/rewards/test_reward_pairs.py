@@ -340,7 +340,7 @@ def test_a_server_that_hangs_costs_one_deadline_however_many_groups_there_are():
     with served(hang()) as server, asking(server) as hub:
         watch = Stopwatch()
         result = hub(samples)
-        assert watch.stop() < 0.5 + 0.4
+        assert watch.stop() < 0.5 + 1.0  # four deadlines would be 2 s
         assert sum(request.method == "POST" for request in server.requests) == 1
     assert result.total.isnan().all()
     assert all(entry["pairs"]["failed"] is True for entry in result.info)

@@ -190,7 +190,7 @@ def test_a_small_file_with_a_large_picture_is_not_decoded(server):
     bomb = {"mime": "image/png", "b64": base64.b64encode(file.getvalue()).decode()}
     watch = Stopwatch()
     assert "9000x9000" in ask(server, with_media(bomb))[1]["info"][0]["error"]
-    assert watch.stop() < 0.5
+    assert watch.stop() < 1.5
 
 
 def test_many_pictures_that_are_large_together_are_refused(server):
@@ -278,7 +278,7 @@ def test_a_body_that_comes_too_slowly_is_given_up(server):
         )
         start = time.monotonic()
         assert line.recv(1000).startswith(b"HTTP/1.1 408 ")
-        assert 0.9 < time.monotonic() - start < 1.5
+        assert 0.9 < time.monotonic() - start < 4
 
 
 def test_a_head_that_comes_too_slowly_is_given_up(server, monkeypatch):
@@ -289,7 +289,7 @@ def test_a_head_that_comes_too_slowly_is_given_up(server, monkeypatch):
             line.sendall(b"X")
             time.sleep(0.05)
         assert line.recv(1000) == b""
-        assert 0.25 < time.monotonic() - start < 1
+        assert 0.25 < time.monotonic() - start < 3
 
 
 # ---------------------------------------------------------------------------------------------------- several at once
@@ -322,7 +322,7 @@ def test_a_lone_request_waits_no_longer_than_it_is_told_to(server):
     ask(server, body(noise(0)))
     start = time.monotonic()
     ask(server, body(noise(0)))
-    assert 0.03 <= time.monotonic() - start < 0.5
+    assert 0.03 <= time.monotonic() - start < 2
 
 
 def test_no_more_samples_than_allowed_are_scored_together(server, counting):

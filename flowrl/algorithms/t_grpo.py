@@ -40,7 +40,7 @@ class TGRPO(GRPO):
     @model_validator(mode="after")
     def _of_one_reward(self) -> Self:
         if self.combine != "sum":
-            raise ValueError(f"the bonus is added to one reward, but combine={self.combine} takes each by itself.")
+            raise ValueError(f"the bonus is for a sum, and combine={self.combine} takes each alone; set combine=sum.")
         return self
 
     @property

@@ -46,15 +46,11 @@ BEGIN = "begin"
 CORRECTED = "corrected"
 """Metadata: the share of wrong answers that the solution replaces."""
 
-SHUFFLED = "shuffled"
-"""Metadata: the seed of another order of its videos' frames."""
+SHUFFLED = "seed_of_shuffled_frames"
+"""Metadata: the seed of another order of its videos' frames; no name that a row of one's own has by chance."""
 
-_DISTORTION, _MASK, _CORRECTION, _SHUFFLE = (
-    -11,
-    -12,
-    -13,
-    -14,
-)  # end the keys of their draws
+# The last numbers of the keys, which keep their draws apart.
+_DISTORTION, _MASK, _CORRECTION, _SHUFFLE = -11, -12, -13, -14
 
 
 # ------------------------------------------------------------------------------------------------ pictures

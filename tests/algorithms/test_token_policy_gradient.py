@@ -350,7 +350,7 @@ def test_t_grpo_pays_right_answers_of_groups_that_the_order_helps():
     batch.rewards = paid
     torch.testing.assert_close(credit, GRPO().credit(batch), equal_nan=True)
     assert algorithm.needs.besides == Besides("shuffled", answers=4, shuffled=True)
-    with pytest.raises(ValidationError, match="the bonus is added to one reward, but combine=gdpo"):
+    with pytest.raises(ValidationError, match="the bonus is for a sum, and combine=gdpo.*set combine=sum"):
         TGRPO(combine="gdpo")
 
 

@@ -97,8 +97,9 @@ def test_a_list_of_pictures_is_a_video(media):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_shuffled_frames_are_the_same_frames_and_never_in_order(media, seed):
-    row = {"prompt": "what?", "videos": ["a.mp4", ["0.png", "1.png"], ["2.png"]]}
+    row = {"prompt": "what?", "videos": ["a.mp4", ["0.png", "1.png"], ["2.png"]], "shuffled": True}  # a field of theirs
     (question,) = rows_of(media, row)
+    assert levels(clips(question)[0]) == sorted(levels(clips(question)[0]))
     there, mixed = clips(question), clips(shuffled(question, key=(seed, 7)))
     assert [clip.fps for clip in mixed] == [clip.fps for clip in there]
     assert [sorted(levels(clip)) for clip in mixed] == [sorted(levels(clip)) for clip in there]
